@@ -1,0 +1,51 @@
+# make help lists the targets. The virtual environment is made when it is first needed.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+DEMO_ACTIVATIONS := relu swish kaf
+DEMO_EPOCHS ?= 12
+DEMO_MODELS := $(foreach a,$(DEMO_ACTIVATIONS),runs/demo/digits_light_cnn_$(a)_seed0)
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help venv demo test lint format clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+venv: $(VENV)/.installed ## create .venv and install everything that is pinned
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed; this is {v.major}.{v.minor}. Say make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure (minutes)
+	for activation in $(DEMO_ACTIVATIONS); do \
+	  $(RUN) -m experiments.train --dataset digits --architecture light_cnn \
+	    --activation $$activation --epochs $(DEMO_EPOCHS) --seed 0 \
+	    --out runs/demo/digits_light_cnn_$${activation}_seed0 || exit; \
+	done
+	$(RUN) robustness_eval.py $(DEMO_MODELS) --dataset digits --n 200
+	$(RUN) -m experiments.figures scatter $(DEMO_MODELS) --out imgs/demo_scatter.png
+
+test: venv ## lint, format check and all tests (minutes)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest -q
+
+lint: venv ## ruff, check only
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: venv ## ruff, mend what it can
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean: ## remove the environment, caches and demo runs
+	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,240 @@
+"""Attack a classifier image by image: IBM ART's attacks, run so that no work is wasted.
+
+The mathematics of an attack is ART's own: `PGD` is its `ProjectedGradientDescentTensorFlowV2`
+(Madry et al. 2018, arXiv 1706.06083) with another outer loop. What is different from calling it
+plainly, and why the verdict is the same:
+
+- One compiled function gives the loss gradient in the images alone and, from the same forward
+  pass, the logits. ART's eager tape differentiates in every weight too and throws that away. The
+  logits tell which images have fallen, without a prediction of their own.
+- A pool of `batch_size` images is stepped together, each at its own iteration: whatever falls
+  leaves at once and the next image takes its place. The pool is padded to a few fixed sizes.
+- Each image has its own random start, drawn from (seed, image, restart): what happens to it does
+  not depend on the batch size or on which other images are still standing (float rounding inside
+  a convolution may differ in the last bit between batch sizes; nothing else does).
+
+Measured on 2 CPU cores with a ResNet20 of 128 images, per gradient: ART's eager call 650 ms, a
+compiled function of the logits under ART's tape 330 ms, this 210 ms, this with jit_compile 240 ms
+and 2 s more for every new batch size. So there is no jit_compile here.
+"""
+
+import warnings
+from dataclasses import dataclass
+from itertools import islice
+from unittest import mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from experiments import InputError
+
+# Importing ART sets up logging for the whole process, which closes other libraries' log streams
+# (absl's, and with it a captured stderr), and warns that PyTorch, which is not used, is missing.
+with warnings.catch_warnings(), mock.patch("logging.config.dictConfig"):
+    warnings.simplefilter("ignore")
+    from art.attacks.evasion import ProjectedGradientDescentTensorFlowV2
+    from art.estimators.classification import TensorFlowV2Classifier
+
+
+class CompiledClassifier(TensorFlowV2Classifier):
+    """ART's view of a model of logits, compiled, in inference mode, images in [0, 1].
+
+    The loss is the sum over images, not ART's usual mean: an image's gradient then does not depend
+    on how many others are in the batch.
+
+    Attributes:
+        last_logits: (B, classes), of the forward pass of the last `loss_gradient`.
+        gradient_calls: how many gradients were computed, in batches.
+    """
+
+    def __init__(self, model, classes, input_shape):
+        super().__init__(
+            model=model,
+            nb_classes=classes,
+            input_shape=tuple(input_shape),
+            loss_object=keras.losses.CategoricalCrossentropy(from_logits=True, reduction="sum"),
+            clip_values=(0.0, 1.0),
+            preprocessing=None,
+        )
+        self.last_logits = None
+        self.gradient_calls = 0
+        images = tf.TensorSpec((None, *input_shape), tf.float32)
+        targets = tf.TensorSpec((None, classes), tf.float32)
+
+        @tf.function(input_signature=[images])
+        def logits(x):
+            return tf.cast(model(x, training=False), tf.float32)
+
+        @tf.function(input_signature=[images, targets])
+        def logits_and_gradient(x, y):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(x)
+                predictions = tf.cast(model(x, training=False), tf.float32)
+                loss = self.loss_object(y, predictions)
+            return predictions, tape.gradient(loss, x)
+
+        self._logits, self._logits_and_gradient = logits, logits_and_gradient
+
+    def loss_gradient(self, x, y, training_mode=False, **kwargs):
+        """Gradient of the summed cross-entropy in x (B, H, W, C), y one-hot (B, classes)."""
+        self.gradient_calls += 1
+        self.last_logits, gradient = self._logits_and_gradient(
+            tf.convert_to_tensor(x, tf.float32), tf.convert_to_tensor(y, tf.float32)
+        )
+        return gradient.numpy() if isinstance(x, np.ndarray) else gradient
+
+    def predict(self, x, batch_size=128, training_mode=False, **kwargs):
+        """Logits (N, classes), in chunks (ART's own `predict` ignores `batch_size`)."""
+        chunks = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
+        return np.concatenate([self._logits(tf.constant(c, tf.float32)).numpy() for c in chunks])
+
+    def check_gradient(self, x, y):
+        """Refuse a model through which no gradient passes, with the reason. x (B, ...), y (B,)."""
+        try:
+            _, gradient = self._logits_and_gradient(
+                tf.constant(x, tf.float32), tf.one_hot(y, self.nb_classes)
+            )
+        except (LookupError, ValueError, TypeError) as error:
+            raise InputError(
+                "the model was saved without gradient information (probably a custom gradient "
+                f"that older TensorFlow did not save: {' '.join(str(error).split())[:120]}); "
+                "export it again from the original code, or give the .keras or .h5 file"
+            ) from None
+        if gradient is None:
+            raise InputError(
+                "no gradient passes from the model's outputs to its images, so it cannot be "
+                "attacked by gradients; give a differentiable version of it"
+            )
+        if not np.all(np.isfinite(gradient)):
+            raise InputError("the model's gradient in its images has NaN or infinite values")
+
+
+class PGD(ProjectedGradientDescentTensorFlowV2):
+    """ART's projected gradient descent in the L-inf ball, one iteration at a time."""
+
+    def __init__(self, classifier, *, epsilon, alpha, steps):
+        super().__init__(
+            classifier, eps=float(epsilon), eps_step=float(alpha), max_iter=steps, verbose=False
+        )
+
+    def step(self, x_adv, x, targets):
+        """One iteration: gradient, signed step of alpha, clip to [0, 1], project to the ball.
+
+        Args:
+            x_adv, x: current and original images (B, H, W, C), float32 in [0, 1].
+            targets: one-hot labels (B, classes) whose loss is raised.
+
+        Returns:
+            The next x_adv, and the logits (B, classes) of the x_adv given.
+        """
+        stepped = self._compute_tf(
+            tf.constant(x_adv),
+            tf.constant(x),
+            tf.constant(targets),
+            mask=None,
+            eps=self.eps,
+            eps_step=self.eps_step,
+            momentum=None,
+            random_init=False,
+        )
+        # x + (x_adv - x) may leave [0, 1] by one rounding; ART does not mind, we check for it.
+        return np.clip(stepped.numpy(), 0.0, 1.0), self.estimator.last_logits.numpy()
+
+
+def random_start(x, *, epsilon, seed, image, restart):
+    """Uniform start in the epsilon-ball around one image x (H, W, C), clipped to [0, 1].
+
+    As in ART (`random_sphere`, norm inf), but from a generator named by (seed, image, restart).
+    """
+    generator = np.random.default_rng((seed, image, restart))
+    delta = generator.uniform(-epsilon, epsilon, x.shape).astype("float32")
+    return np.clip(x + delta, 0.0, 1.0)
+
+
+@dataclass
+class Run:
+    """What one restart did to N images.
+
+    x_adv (N, H, W, C): where each image fell, else its last iterate; predictions (N,) there;
+    iterations (N,): the number of that iterate, 0 being the start; fell (N,) bool.
+    """
+
+    x_adv: np.ndarray
+    predictions: np.ndarray
+    iterations: np.ndarray
+    fell: np.ndarray
+
+
+def run_restart(attack, x, start, targets, *, batch_size, judge_every=True, progress=None):
+    """Attack N images once, each from its own start, and say which moved off their target class.
+
+    Args:
+        attack: has `step(x_adv, x, targets)`, `max_iter` and `estimator`, e.g. `PGD`.
+        x: original images (N, H, W, C), float32 in [0, 1]; left as they are.
+        start: function from a position in x to that image's first iterate (H, W, C).
+        targets: classes (N,) whose loss is raised; an image falls when it is predicted otherwise.
+        judge_every: an image falls at the first iterate (start included) that is misclassified
+            and is then left alone; this fells every image that judging the last iterate fells, or
+            more. False: only the last iterate is judged, as ART does.
+        progress: called after every step with how many image iterations are settled by it (those
+            an image need no longer go through included) and how many images fell.
+    """
+    run = Run(
+        np.empty_like(x), np.empty(len(x), int), np.zeros(len(x), int), np.zeros(len(x), bool)
+    )
+    one_hot = np.eye(attack.estimator.nb_classes, dtype="float32")[targets]
+    sizes = pool_sizes(batch_size)
+    queue = iter(range(len(x)))
+    pool = np.empty(0, int)  # positions in x that are being attacked
+    x_adv = np.empty((0, *x.shape[1:]), "float32")
+    while True:
+        entering = list(islice(queue, batch_size - len(pool)))
+        if entering:
+            pool = np.append(pool, entering)
+            x_adv = np.concatenate([x_adv, np.stack([start(i) for i in entering])])
+        if not len(pool):
+            return run
+        padded = _pad(np.arange(len(pool)), min(s for s in sizes if s >= len(pool)))
+        stepped, logits = attack.step(x_adv[padded], x[pool[padded]], one_hot[pool[padded]])
+        if not np.all(np.isfinite(logits)):
+            raise InputError("the model gives NaN or infinite outputs under attack; train again")
+        predictions = logits[: len(pool)].argmax(axis=-1)
+
+        last = run.iterations[pool] == attack.max_iter
+        fell = (predictions != targets[pool]) & (last | judge_every)
+        leaving = fell | last
+        run.fell[pool[fell]] = True
+        run.x_adv[pool[leaving]] = x_adv[leaving]
+        run.predictions[pool[leaving]] = predictions[leaving]
+        if progress is not None:
+            spared = (attack.max_iter - run.iterations[pool[fell]]).sum()
+            progress(len(pool) + int(spared), int(fell.sum()))
+        run.iterations[pool[~leaving]] += 1
+        x_adv = stepped[: len(pool)][~leaving]
+        pool = pool[~leaving]
+
+
+def pool_sizes(batch_size):
+    """The batch shapes that occur: batch_size and its halves down to an eighth."""
+    return sorted({max(1, batch_size // part) for part in (1, 2, 4, 8)})
+
+
+def _pad(positions, size):
+    """`positions` (B,) lengthened to (size,) by repeating the first."""
+    return np.concatenate([positions, np.zeros(size - len(positions), int)])
+
+
+def check_perturbation(x, x_adv, epsilon):
+    """Raise if an attack left what it was allowed; return |x_adv - x|_inf per image (N,).
+
+    Allowed: within epsilon + 1e-6, in [0, 1], finite.
+    """
+    if not np.all(np.isfinite(x_adv)):
+        raise RuntimeError("the attack produced NaN or infinite pixels")
+    if x_adv.size and (x_adv.min() < 0 or x_adv.max() > 1):
+        raise RuntimeError(f"the attack left [0, 1]: {x_adv.min()} to {x_adv.max()}")
+    linf = np.abs(x_adv - x).reshape(len(x), -1).max(axis=1, initial=0)
+    if len(linf) and linf.max() > epsilon + 1e-6:
+        raise RuntimeError(f"the attack left the ball: {linf.max()} > {epsilon}")
+    return linf

@@ -1,0 +1,491 @@
+"""How robust a classifier is: attack, label protocol, and the result files that record it.
+
+    from experiments.evaluation import evaluate
+    evaluate(model, x, y).summary["robust_accuracy"]
+
+Two label protocols, never to be confused (`--labels`):
+
+- `true`, the real figure. The attack raises the loss of the true label. An image is robust if it
+  is classified correctly when clean and at every iterate of every restart, random starts included.
+  That is at least as strong as judging only the last iterates, as ART does. Images that are wrong
+  when clean are not robust and are not attacked.
+- `predicted`, only for comparison with figures obtained by calling ART without labels. The attack
+  raises the loss of the model's own clean prediction, for all images, also those that are wrong
+  when clean. As ART judges: a restart succeeds if its last iterate is predicted otherwise than
+  the clean image; the first success is kept. The score counts last predictions that equal the true
+  label, and so also wrong images that were pushed onto their true class. It is therefore too
+  high, and every key of the summary that holds it ends in `_predicted_labels`. (The published
+  evaluation, ART 1.3.3, kept the best whole run of its restarts; this is per image, as ART is now.)
+
+A result is two files, `NAME.json` and `NAME.csv` (`experiments.results`). NAME is
+`ATTACK-STEPS-RESTARTS-LABELS`, e.g. `pgd-50-10-true`, followed by whatever is not the default:
+`-digits` (data set), `-n256` (number of images), `-eps4`, `-step1` (in 255ths), `-seed1`. Results
+of other settings thus have other names; a file of the same name that belongs to another model or
+to other images is not overwritten unless forced.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+
+from experiments import InputError
+from experiments.attacks import (
+    PGD,
+    CompiledClassifier,
+    check_perturbation,
+    random_start,
+    run_restart,
+)
+from experiments.datasets import fingerprint
+from experiments.results import (
+    FORMAT,
+    AttackSettings,
+    Evaluation,
+    check_count,
+    hardware,
+    make_writable,
+    read_results,
+    standard_error,
+    versions,
+    write_atomically,
+)
+from experiments.saved_models import logits_of
+
+__all__ = ["AttackSettings", "Evaluation", "evaluate", "evaluate_saved", "read_results"]
+
+HOW_COUNTED = {
+    "true": (
+        "robust: correct when clean and at every iterate of every restart, random starts included; "
+        "the loss of the true label is raised"
+    ),
+    "predicted": (
+        "NOT a robust accuracy; for comparison with figures from ART called without labels: the "
+        "loss of the clean prediction is raised for all images, each restart is judged at its last "
+        "iterate, and an attacked prediction equal to the true label counts, also of images that "
+        "were wrong when clean"
+    ),
+}
+
+
+# --------------------------------------------------------------------------- the evaluation
+
+
+def evaluate(
+    model,
+    x,
+    y,
+    *,
+    epsilon=8 / 255,
+    alpha=2 / 255,
+    steps=50,
+    restarts=10,
+    labels="true",
+    seed=0,
+    batch_size=128,
+    progress=None,
+    dataset=None,
+    classes=None,
+    model_name=None,
+    model_sha256=None,
+    partial=None,
+):
+    """Attack a classifier and count what stands; the module's first lines say how.
+
+    Args:
+        model: Keras model, or callable f(x, training=False), giving logits or probabilities.
+        x: images (N, H, W, C), float32 in [0, 1]. y: true labels (N,), int.
+        epsilon, alpha, steps, restarts: PGD (Madry et al. 2018), in the units of x.
+        labels: "true" or "predicted".
+        seed: of the random starts, each drawn from (seed, index of the image, restart).
+        batch_size: images attacked together; does not change what is drawn.
+        progress: called as progress(done, total, standing), done and total in image iterations.
+        dataset, model_name, model_sha256: for the record.
+        classes: the number of outputs that is expected, where known.
+        partial: path of a file that keeps the state after each restart. If it exists and belongs
+            to this evaluation, its restarts are not repeated; it is left for the caller to remove.
+
+    Returns:
+        An Evaluation; the same in every figure for the same model, images, settings and seed.
+    """
+    settings = AttackSettings("pgd", epsilon, alpha, steps, restarts, labels, seed)
+    check_count("batch_size", batch_size, 1)
+    x, y = _check_images(x, y)
+    print_of_data = fingerprint(x, y)
+    classifier, outputs, clean = _classifier(model, x, y, classes, batch_size)
+
+    key = _key(settings, print_of_data, model_sha256, clean)
+    state = _State.resume(partial, key) or _State.start(x, clean)
+    state.save(partial, key)  # before the attack, so that a folder that cannot be written shows
+    _attack(classifier, x, y, clean, settings, state, batch_size, progress, partial, key)
+
+    linf = check_perturbation(x, state.x_adv, epsilon)
+    if fingerprint(x, y) != print_of_data:
+        raise RuntimeError("the attack changed the images it was given")
+    again = classifier.predict(state.x_adv, batch_size).argmax(axis=-1)
+
+    images = _image_table(y, clean, state, linf)
+    summary = _summary(settings, images, dataset, print_of_data, batch_size, outputs)
+    summary |= {
+        "model": model_name,
+        "model_sha256": model_sha256,
+        # Not 0: float rounding at a decision boundary, or (if many) a randomised model.
+        "attacked_predictions_not_reproduced": int((again != state.prediction).sum()),
+        "seconds": round(state.seconds, 1),
+    }
+    return Evaluation(images, summary, state.x_adv)
+
+
+def _check_images(x, y):
+    x, y = np.asarray(x), np.asarray(y)
+    if x.ndim != 4 or len(x) == 0 or y.shape != (len(x),) or y.dtype.kind not in "iu":
+        raise InputError(
+            "expected images (N, H, W, C) with whole-number labels (N,), N at least 1; "
+            f"got {x.shape} and {y.shape} of {y.dtype}"
+        )
+    x, y = x.astype("float32", copy=False), y.astype("int64", copy=False)
+    if not np.all((x >= 0) & (x <= 1)):
+        raise InputError(
+            f"images must lie in [0, 1], got {x.min():g} to {x.max():g}; divide pixels by 255"
+        )
+    return x, y
+
+
+def _classifier(model, x, y, classes, batch_size):
+    """ART's classifier, what its outputs are, and clean predictions (N,); refused with a reason."""
+    _check_input_shape(model, x.shape[1:])
+    some = x[:batch_size]
+    with _one_line(f"the model cannot be called on images {x.shape[1:]}"):
+        shape = np.shape(model(tf.constant(some), training=False))
+    wanted = classes or int(y.max()) + 1
+    fits = len(shape) == 2 and (shape[1] == classes if classes else shape[1] >= max(2, wanted))
+    if not fits:
+        raise InputError(
+            f"the model gives outputs of shape {('N', *shape[1:])} where {wanted} classes are "
+            "expected; choose the data set it was trained on with --dataset"
+        )
+    with _one_line("the model cannot be compiled by TensorFlow"):
+        logits, outputs = logits_of(model, some)
+        classifier = CompiledClassifier(logits, int(shape[1]), x.shape[1:])
+        classifier.predict(some, batch_size)
+    clean = classifier.predict(x, batch_size)
+    if not np.all(np.isfinite(clean)):
+        raise InputError("the model gives NaN or infinite outputs on clean images; train it again")
+    classifier.check_gradient(x[:8], y[:8])
+    return classifier, outputs, clean.argmax(axis=-1)
+
+
+@contextlib.contextmanager
+def _one_line(what):
+    """Whatever a foreign model raises becomes one InputError."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())[:160]}") from None
+
+
+def _check_input_shape(model, image_shape):
+    try:
+        shape = model.input_shape
+    except AttributeError:  # a plain function, or a model that was never built
+        return
+    if not isinstance(shape, (tuple, list)):
+        return
+    fits = len(shape) == 1 + len(image_shape) and all(
+        has is None or has == needs for has, needs in zip(shape, (None, *image_shape), strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"the model takes inputs of shape {tuple(shape)}, the images are "
+            f"{(None, *image_shape)}; give a model for such images or another --dataset"
+        )
+
+
+def _attack(classifier, x, y, clean, settings, state, batch_size, progress, partial, key):
+    """Run the restarts that `state` does not have yet; it is saved after each one."""
+    attack = PGD(classifier, epsilon=settings.epsilon, alpha=settings.alpha, steps=settings.steps)
+    is_true = settings.labels == "true"
+    targets = y if is_true else clean
+    # True labels: an image that is wrong when clean is lost already.
+    standing = (clean == y if is_true else np.ones(len(x), bool)) & ~state.fell
+    meter = _Meter(progress, settings, standing, state)
+    while state.restarts_done < settings.restarts:
+        began = time.monotonic()
+        restart = state.restarts_done + 1
+        index = np.flatnonzero(standing)
+        run = run_restart(
+            attack,
+            x[index],
+            lambda i, index=index, restart=restart: random_start(
+                x[index[i]],
+                epsilon=settings.epsilon,
+                seed=settings.seed,
+                image=int(index[i]),
+                restart=restart,
+            ),
+            targets[index],
+            batch_size=batch_size,
+            judge_every=is_true,
+            progress=meter.step,
+        )
+        state.add(index, run, restart, time.monotonic() - began)
+        state.save(partial, key)
+        standing &= ~state.fell
+
+
+class _Meter:
+    """Turns the steps of a run into progress(done, total, standing), over all restarts."""
+
+    def __init__(self, progress, settings, standing, state):
+        self.progress, self.settings, self.state = progress, settings, state
+        self.standing = int(standing.sum())
+        self.per_run = settings.steps + 1
+        self.total = self.standing * (settings.restarts - state.restarts_done) * self.per_run
+        self.done = 0
+
+    def step(self, advanced, fell):
+        runs_spared = self.settings.restarts - self.state.restarts_done - 1
+        self.done += advanced + fell * runs_spared * self.per_run
+        self.standing -= fell
+        if self.progress is not None:
+            self.progress(self.done, self.total, self.standing)
+
+
+@dataclass
+class _State:
+    """Where the attack on N images is, after a number of whole restarts.
+
+    restart and iteration (N,) tell when an image fell; they mean nothing where `fell` is False.
+    """
+
+    x_adv: np.ndarray
+    prediction: np.ndarray
+    restart: np.ndarray
+    iteration: np.ndarray
+    fell: np.ndarray
+    restarts_done: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def start(cls, x, clean):
+        zeros = np.zeros(len(x), int)
+        return cls(x.copy(), clean.copy(), zeros, zeros.copy(), np.zeros(len(x), bool))
+
+    def add(self, index, run, restart, seconds):
+        """Take over what a run did to the images at `index`."""
+        self.x_adv[index] = run.x_adv
+        self.prediction[index] = run.predictions
+        self.restart[index] = restart
+        self.iteration[index] = run.iterations
+        self.fell[index] = run.fell
+        self.restarts_done = restart
+        self.seconds += seconds
+
+    def save(self, path, key):
+        if path is None:
+            return
+        make_writable(Path(path).parent)
+        buffer = io.BytesIO()
+        np.savez(buffer, key=key, **vars(self))
+        write_atomically(Path(path), buffer.getvalue())
+
+    @classmethod
+    def resume(cls, path, key):
+        """The state kept at `path`, or None if there is none or it belongs to something else."""
+        if path is None or not Path(path).is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                if str(kept["key"]) != key:
+                    return None
+                fields = {name: kept[name] for name in cls.__dataclass_fields__}
+        except Exception:  # whatever a damaged file raises: begin again
+            return None
+        fields["restarts_done"] = int(fields["restarts_done"])
+        fields["seconds"] = float(fields["seconds"])
+        return cls(**fields)
+
+
+def _key(settings, print_of_data, model_sha256, clean):
+    """Names an evaluation; the clean predictions tell models apart that come without a hash."""
+    named = [asdict(settings), print_of_data, model_sha256, clean.tolist()]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------- figures
+
+
+def _image_table(y, clean, state, linf):
+    return pd.DataFrame(
+        {
+            "index": np.arange(len(y)),
+            "label": y,
+            "clean_prediction": clean,
+            "adversarial_prediction": state.prediction,
+            "restart": pd.array(state.restart, dtype="Int64"),
+            "iteration": pd.array(state.iteration, dtype="Int64"),
+            "linf": linf,
+        }
+    ).assign(
+        restart=lambda rows: rows["restart"].where(state.fell),
+        iteration=lambda rows: rows["iteration"].where(state.fell),
+    )
+
+
+def _summary(settings, images, dataset, print_of_data, batch_size, outputs):
+    n = len(images)
+    is_clean = images["label"] == images["clean_prediction"]
+    is_kept = images["label"] == images["adversarial_prediction"]
+    if settings.labels == "true":
+        counted = {
+            "robust_accuracy": float((is_clean & is_kept).mean()),
+            "robust_standard_error": standard_error((is_clean & is_kept).mean(), n),
+        }
+    else:
+        counted = {
+            "accuracy_under_attack_predicted_labels": float(is_kept.mean()),
+            "standard_error_predicted_labels": standard_error(is_kept.mean(), n),
+            "pushed_onto_true_class_predicted_labels": int((~is_clean & is_kept).sum()),
+        }
+    return {
+        "format": FORMAT,
+        "name": settings.stem(n, dataset),
+        "protocol": settings.protocol(n, dataset),
+        "attack": {
+            "name": settings.attack,
+            "implementation": "IBM ART ProjectedGradientDescentTensorFlowV2, own outer loop",
+            "norm": "inf",
+            "epsilon": settings.epsilon,
+            "alpha": settings.alpha,
+            "steps": settings.steps,
+            "restarts": settings.restarts,
+            "batch_size": batch_size,
+        },
+        "labels": settings.labels,
+        "how_counted": HOW_COUNTED[settings.labels],
+        "outputs": outputs,
+        "dataset": {"name": dataset, "split": "test", "fingerprint": print_of_data},
+        "n": n,
+        "clean_accuracy": float(is_clean.mean()),
+        "clean_standard_error": standard_error(is_clean.mean(), n),
+        **{
+            name: value if isinstance(value, int) else float(value)
+            for name, value in counted.items()
+        },
+        "seed": settings.seed,
+        "versions": versions(),
+        "hardware": hardware(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+# --------------------------------------------------------------------------- saved models
+
+
+def evaluate_saved(
+    opened,
+    x,
+    y,
+    settings,
+    *,
+    dataset,
+    classes=None,
+    out=None,
+    batch_size=128,
+    force=False,
+    progress=None,
+    say=lambda line: None,
+):
+    """Evaluate a saved model into its result files; finished ones are read instead.
+
+    Args:
+        opened: a `LoadedModel`.
+        x, y: the images to attack, already cut to the first n.
+        out: folder in which a folder with the model's name gets the files; by default a model
+            folder's `robustness/`, and for any other model `robustness/NAME/` beside it.
+        force: repeat a finished evaluation, and overwrite that of another model.
+        say: called with one line about what is re-used, resumed, or special about the model.
+    """
+    directory = result_folder(opened, out)
+    stem = settings.stem(len(x), dataset)
+    path, partial = directory / f"{stem}.json", directory / f".{stem}.partial.npz"
+    if path.exists() and not force:
+        kept = Evaluation.read(path)
+        _refuse_other(path, kept.summary, opened, settings, fingerprint(*_check_images(x, y)))
+        say(f"{opened.name}: finished before, read from {path} (--force to repeat)")
+        return kept
+    if partial.exists():
+        say(f"{opened.name}: an interrupted run is resumed from {partial}")
+    try:
+        result = evaluate(
+            opened.model,
+            x,
+            y,
+            epsilon=settings.epsilon,
+            alpha=settings.alpha,
+            steps=settings.steps,
+            restarts=settings.restarts,
+            labels=settings.labels,
+            seed=settings.seed,
+            batch_size=batch_size,
+            progress=progress,
+            dataset=dataset,
+            classes=classes,
+            model_name=opened.name,
+            model_sha256=opened.sha256,
+            partial=partial,
+        )
+    except InputError as error:
+        with contextlib.suppress(OSError):  # where nothing can be written there is nothing
+            partial.unlink()
+        raise InputError(f"{str(opened.path)!r}: {error}") from None
+    if result.summary["outputs"] != "logits":
+        say(f"{opened.name}: ends in a softmax; attacked {_ATTACKED[result.summary['outputs']]}")
+    result.write(directory)
+    partial.unlink(missing_ok=True)
+    return result
+
+
+_ATTACKED = {
+    "softmax removed": "at its logits (softmax removed)",
+    "probabilities": "through the logarithm of its probabilities (its logits are out of reach)",
+}
+
+
+def result_folder(opened, out=None):
+    if out is not None:
+        return Path(out) / opened.name
+    if opened.folder is not None:
+        return opened.folder / "robustness"
+    return opened.path.resolve().parent / "robustness" / opened.name
+
+
+def _refuse_other(path, summary, opened, settings, print_of_data):
+    """A finished result is only re-used for the very same model, images and settings."""
+    attack = summary.get("attack", {})
+    expected = {
+        "model sha256": (summary.get("model_sha256"), opened.sha256),
+        "images": (summary.get("dataset", {}).get("fingerprint"), print_of_data),
+        "labels": (summary.get("labels"), settings.labels),
+        "seed": (summary.get("seed"), settings.seed),
+    } | {
+        name: (attack.get(name), getattr(settings, name))
+        for name in ("epsilon", "alpha", "steps", "restarts")
+    }
+    for name, (has, needs) in expected.items():
+        same = math.isclose(has, needs) if isinstance(has, float) else has == needs
+        if not same:
+            has, needs = (v[:12] + "..." if isinstance(v, str) else v for v in (has, needs))
+            raise InputError(
+                f"{str(path)!r} is the result of another evaluation ({name} {has}, here {needs}); "
+                "give --force to overwrite it, or another --out"
+            )

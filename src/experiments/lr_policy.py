@@ -1,0 +1,321 @@
+"""The learning rate: a triangular cycle, and the range test that finds its bounds.
+
+Smith 2017, "Cyclical learning rates for training neural networks" (WACV); one cycle over the whole
+training, as in Wong, Rice & Kolter 2020.
+"""
+
+import math
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from experiments import InputError
+
+SMOOTHING = 0.9  # weight of the past in the running loss that is watched for divergence
+DIVERGENCE = 4.0  # stop when the running loss exceeds this multiple of its best value
+
+
+@keras.saving.register_keras_serializable(package="robust_activations")
+class TriangularCycle(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear from min_lr to max_lr at step peak * steps, and linear back to min_lr at `steps`.
+
+    Beyond `steps` it stays at min_lr.
+
+    Args:
+        min_lr, max_lr: lowest and highest rate, 0 <= min_lr <= max_lr.
+        steps: length of the cycle in batches, epochs * batches per epoch.
+        peak: where the highest rate lies, as a fraction of the cycle.
+    """
+
+    def __init__(self, min_lr, max_lr, steps, peak=0.5):
+        super().__init__()
+        if not 0 <= min_lr <= max_lr < math.inf or max_lr == 0:
+            raise InputError(
+                "TriangularCycle needs 0 <= min_lr <= max_lr, max_lr above 0 and finite; "
+                f"received min_lr={min_lr}, max_lr={max_lr}."
+            )
+        if steps < 1 or not 0 < peak < 1:
+            raise InputError(
+                "TriangularCycle needs at least 1 step and a peak between 0 and 1; "
+                f"received steps={steps}, peak={peak}."
+            )
+        self.min_lr = float(min_lr)
+        self.max_lr = float(max_lr)
+        self.steps = int(steps)
+        self.peak = float(peak)
+
+    def __call__(self, step):
+        done = ops.cast(step, "float32") / self.steps  # fraction of the cycle
+        height = ops.minimum(done / self.peak, (1.0 - done) / (1.0 - self.peak))
+        return self.min_lr + (self.max_lr - self.min_lr) * ops.maximum(height, 0.0)
+
+    def get_config(self):
+        return {
+            "min_lr": self.min_lr,
+            "max_lr": self.max_lr,
+            "steps": self.steps,
+            "peak": self.peak,
+        }
+
+
+@dataclass(frozen=True)
+class LRFinderResult:
+    """What the range test saw.
+
+    lrs: learning rate of each batch (steps,).
+    losses: training loss of each batch (steps,), regularisation included as in training.
+    diverged: whether the loss exploded and ended the test early.
+    """
+
+    lrs: np.ndarray
+    losses: np.ndarray
+    diverged: bool
+    growth: str = "exponential"
+
+    @property
+    def smoothed(self):
+        """Losses under a Gaussian window of 2 % of the test (at least 1 batch), without a lag."""
+        # A batch whose loss is not finite is left out; it can only be the last.
+        losses = self.losses[np.isfinite(self.losses)]
+        width = max(1.0, 0.02 * len(losses))
+        position = np.arange(len(losses))
+        window = np.exp(-0.5 * ((position[:, None] - position) / width) ** 2)
+        return window @ losses / window.sum(axis=1)
+
+    @property
+    def suggestion(self):
+        """(min_lr, max_lr) for a triangular cycle.
+
+        Smith 2017, section 3.3: the lower bound where the loss begins to fall, the upper one where
+        the fall slows down. Here: where the smoothed loss has made 10 % and 90 % of its way from
+        the start to its minimum.
+        """
+        smoothed = self.smoothed
+        best = int(np.argmin(smoothed)) if len(smoothed) else 0
+        if best == 0 or not smoothed[best] < smoothed[0]:
+            raise InputError(
+                "The loss never fell between the learning rates "
+                f"{self.lrs[0]:.3g} and {self.lrs[-1]:.3g}, so there are no bounds to suggest. "
+                "Start from a lower min_lr, or test for more steps."
+            )
+        progress = (smoothed[0] - smoothed[: best + 1]) / (smoothed[0] - smoothed[best])
+        low, high = int(np.argmax(progress >= 0.1)), int(np.argmax(progress >= 0.9))
+        return float(self.lrs[low]), float(self.lrs[high])
+
+    def plot(self, ax=None):
+        """Loss against learning rate, with the suggested bounds; returns the Matplotlib axes."""
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots()[1] if ax is None else ax
+        ax.plot(self.lrs, self.losses, color="0.8", label="batch loss")
+        smoothed = self.smoothed
+        ax.plot(self.lrs[: len(smoothed)], smoothed, label="smoothed")
+        try:
+            low, high = self.suggestion
+            ax.axvspan(low, high, alpha=0.15, label=f"suggested: {low:.2g} to {high:.2g}")
+        except InputError:
+            ax.set_title("the loss never fell: no bounds to suggest")
+        if self.growth == "exponential":
+            ax.set_xscale("log")
+        if len(smoothed):
+            margin = 0.1 * (smoothed[0] - smoothed.min()) + 1e-3
+            ax.set_ylim(smoothed.min() - 3 * margin, smoothed[0] + 5 * margin)
+        ax.set_xlabel("learning rate")
+        ax.set_ylabel("training loss")
+        ax.legend()
+        return ax
+
+
+class LRFinder:
+    """Learning-rate range test (Smith 2017, section 3.3) on a compiled model.
+
+    Trains while the rate grows from batch to batch and records each batch's loss; then everything
+    is put back as it was, also after an error or Ctrl-C: weights, batch-norm statistics, states of
+    random generators, optimizer slots, iterations and learning rate.
+
+    Each step is the model's own: `fit` runs, with whatever `train_step` the model has. What `fit`
+    reports is a running mean since the last reset of the metrics; here they are reset before every
+    batch, so that the mean is the loss of that batch, exactly.
+
+    Unlike the paper, the rate grows exponentially by default, since a range such as 1e-4 to 3
+    would otherwise spend nearly all batches in its last decade.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def find(
+        self,
+        x,
+        y=None,
+        *,
+        min_lr=1e-4,
+        max_lr=3.0,
+        epochs=5,
+        steps=None,
+        batch_size=128,
+        growth="exponential",
+        seed=0,
+    ):
+        """Run the test.
+
+        Args:
+            x: images (N, ...) with labels `y`, or a tf.data.Dataset of batches (x, y) or
+                (x, y, sample_weight).
+            min_lr, max_lr: rates of the first and the last batch.
+            epochs: passes over the data, unless `steps` gives the number of batches. Arrays are
+                shuffled afresh in each pass.
+            growth: "exponential" or "linear", the latter as in the paper.
+            seed: of the shuffling.
+
+        Returns:
+            LRFinderResult with lrs, losses, diverged, suggestion and plot().
+        """
+        self._check(min_lr, max_lr, growth)
+        steps = _count_steps(x, y, epochs, steps, batch_size)
+        space = np.geomspace if growth == "exponential" else np.linspace
+        lrs = space(min_lr, max_lr, steps)
+        data = _endless_batches(x, y, batch_size, seed)
+
+        model, optimizer = self.model, self.model.optimizer
+        if not model.built:
+            # A subclassed model has no weights to keep before its first batch.
+            model(next(iter(x))[0][:1] if y is None else x[:1])
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        recorder = _RangeTest(lrs)
+        with _Restored(model):
+            model.fit(data, steps_per_epoch=steps, callbacks=[recorder], shuffle=False, verbose=0)
+        if not recorder.losses:
+            raise InputError("LRFinder received a dataset without batches. Give it at least one.")
+        losses = np.array(recorder.losses)
+        return LRFinderResult(lrs[: len(losses)], losses, recorder.diverged, growth)
+
+    def _check(self, min_lr, max_lr, growth):
+        if not self.model.compiled or getattr(self.model, "optimizer", None) is None:
+            raise InputError(
+                "LRFinder needs a compiled model, with the optimizer and loss it will be trained "
+                f"with; {self.model.name!r} is not. Call model.compile(...) first."
+            )
+        if _has_schedule(self.model.optimizer):
+            raise InputError(
+                "LRFinder sets the learning rate itself, but the optimizer of "
+                f"{self.model.name!r} already follows a schedule. Compile with a plain number, "
+                "e.g. SGD(0.01)."
+            )
+        if self.model.steps_per_execution != 1:
+            raise InputError(
+                "LRFinder changes the learning rate from batch to batch, which needs "
+                f"steps_per_execution=1; received {self.model.steps_per_execution}. "
+                "Compile without it for the test."
+            )
+        if not 0 < min_lr < max_lr < math.inf:
+            raise InputError(
+                "LRFinder needs 0 < min_lr < max_lr, finite; "
+                f"received min_lr={min_lr}, max_lr={max_lr}."
+            )
+        if growth not in ("exponential", "linear"):
+            raise InputError(f"growth must be 'exponential' or 'linear'; received {growth!r}.")
+
+
+def _has_schedule(optimizer):
+    # A number is stored in get_config as a float, a schedule as its own configuration; the
+    # optimizer of a mixed-precision model is wrapped.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return not isinstance(optimizer.get_config()["learning_rate"], (int, float))
+
+
+class _RangeTest(keras.callbacks.Callback):
+    """Sets the rate before each batch, records the batch's loss, stops when it explodes."""
+
+    def __init__(self, lrs):
+        super().__init__()
+        self.lrs = lrs
+        self.losses = []
+        self.diverged = False
+        self.running, self.best = 0.0, math.inf
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model.optimizer.learning_rate = self.lrs[batch]
+        self.model.reset_metrics()
+
+    def on_train_batch_end(self, batch, logs=None):
+        loss = float(logs["loss"])
+        self.losses.append(loss)
+        # Running mean with the bias correction of Adam (Kingma & Ba 2015)
+        self.running = SMOOTHING * self.running + (1 - SMOOTHING) * loss
+        running = self.running / (1 - SMOOTHING ** len(self.losses))
+        self.best = min(self.best, running)
+        self.diverged = not math.isfinite(loss) or running > DIVERGENCE * self.best > 0
+        self.model.stop_training = self.diverged
+
+
+class _Restored:
+    """Puts every variable of the model and its optimizer back on leaving, whatever happened."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        # model.variables: weights, batch-norm statistics and seed generators;
+        # optimizer.variables: slots, iterations, learning rate.
+        variables = (*self.model.variables, *self.model.optimizer.variables)
+        self.saved = [(variable, ops.convert_to_numpy(variable).copy()) for variable in variables]
+
+        self.history = getattr(self.model, "history", None)
+
+    def __exit__(self, *exception):
+        for variable, value in self.saved:
+            variable.assign(value)
+        self.model.reset_metrics()
+        self.model.history = self.history
+        self.model.stop_training = False
+
+
+def _count_steps(x, y, epochs, steps, batch_size):
+    is_dataset = isinstance(x, tf.data.Dataset)
+    if is_dataset == (y is not None):
+        raise InputError(
+            "LRFinder needs images x with labels y, or a tf.data.Dataset of (x, y) batches alone; "
+            f"received x of type {type(x).__name__} and y of type {type(y).__name__}."
+        )
+    if not is_dataset and (len(x) == 0 or len(x) != len(y)):
+        raise InputError(
+            "LRFinder needs as many labels as images, at least one; "
+            f"received {len(x)} images and {len(y)} labels."
+        )
+    if steps is None:
+        if epochs < 1 or batch_size < 1:
+            raise InputError(
+                "LRFinder needs at least one epoch of batches of at least one; "
+                f"received epochs={epochs}, batch_size={batch_size}."
+            )
+        per_epoch = int(x.cardinality()) if is_dataset else math.ceil(len(x) / batch_size)
+        if per_epoch < 0:  # infinite or unknown
+            raise InputError(
+                "The length of this dataset is infinite or unknown, so epochs have no meaning. "
+                "Give LRFinder.find steps=..., the number of batches."
+            )
+        steps = epochs * per_epoch
+    if steps < 2:
+        raise InputError(f"A range test needs at least 2 batches; received {steps}.")
+    return steps
+
+
+def _endless_batches(x, y, batch_size, seed):
+    """Batches without an end; arrays come in a new order in each pass."""
+    if isinstance(x, tf.data.Dataset):
+        return x.repeat()
+
+    def shuffled():
+        rng = np.random.default_rng(seed)
+        while True:
+            order = rng.permutation(len(x))
+            for start in range(0, len(x), batch_size):
+                index = order[start : start + batch_size]
+                yield x[index], y[index]
+
+    return shuffled()

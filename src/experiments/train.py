@@ -1,0 +1,395 @@
+"""One training run: settings -> a model folder, resumable from its last finished epoch.
+
+python -m experiments.train --dataset cifar10 --architecture resnet20 --activation kaf \
+    --epochs 15 --seed 0 --out models/cifar10_resnet20_kaf_seed0
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+
+from activationsf import ACTIVATIONS
+from experiments import InputError
+from experiments.architectures import build
+from experiments.datasets import DATASETS, batches, fingerprint, is_augmentable, load
+from experiments.lr_policy import TriangularCycle
+from experiments.results import hardware, make_writable, versions, write_atomically
+from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe
+
+PROBE_IMAGES = 512
+
+# (lr_min, lr_max) that the thesis found for the VGG-like network by range tests
+THESIS_VGG_BOUNDS = {
+    "relu": (0.0001, 0.08),
+    "elu": (0.0001, 0.1),
+    "swish": (0.0001, 0.3),
+    "kaf": (0.01, 1.0),
+    "kaf_elu": (0.0001, 0.1),
+    "kaf_swish": (0.0001, 0.8),
+    "kaf_free": (0.01, 2.0),
+}
+
+
+def recipe(name, architecture, activation):
+    """Optimiser settings: "thesis" (SGD without momentum) or "fast" (few epochs; momentum).
+
+    Returns lr_min, lr_max, momentum and l2 (of the ResNets; the others have their own).
+    """
+    if name == "thesis":
+        lr_min, lr_max = 0.01, 0.8
+        if architecture == "vgg":
+            lr_min, lr_max = THESIS_VGG_BOUNDS.get(activation, (0.0001, 0.1))
+        return {"lr_min": lr_min, "lr_max": lr_max, "momentum": 0.0, "l2": 5e-4}
+    if name == "fast":
+        return {"lr_min": 0.002, "lr_max": 0.2, "momentum": 0.9, "l2": 2.5e-4}
+    raise InputError(f"Unknown recipe {name!r}. Choose one of: fast, thesis.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run; everything its result depends on, but for the data itself."""
+
+    dataset: str = "cifar10"
+    architecture: str = "resnet20"
+    activation: str = "kaf"
+    epochs: int = 15
+    batch_size: int = 128
+    train_n: int | None = None  # first images of the training split; None: all
+    epsilon: float = 8 / 255  # L-inf radius, images in [0, 1]
+    alpha: float = 10 / 255  # FGSM step; 1.25 epsilon as in Wong et al.
+    lr_min: float = 0.002  # ends of the one-cycle triangular schedule
+    lr_max: float = 0.2  # its peak, in the middle
+    momentum: float = 0.9  # of SGD
+    l2: float = 2.5e-4  # Keras l2 on every kernel; ResNets only
+    seed: int = 0
+    deterministic: bool = False  # TensorFlow's op determinism, slower
+
+    def check(self):
+        """Raises InputError for settings that cannot be trained."""
+        if self.dataset not in DATASETS:
+            raise InputError(f"Unknown dataset {self.dataset!r}: {', '.join(DATASETS)}.")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(
+                f"Unknown activation {self.activation!r}. Choose one of: {', '.join(ACTIVATIONS)}."
+            )
+        for name in ("epochs", "batch_size", "train_n"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1; received {value}.")
+        if not (0 <= self.epsilon <= 1 and 0 <= self.alpha <= 1):
+            raise InputError(
+                "epsilon and alpha lie between 0 and 255 (in 255ths); "
+                f"received {self.epsilon * 255:g} and {self.alpha * 255:g}."
+            )
+        if not (0 <= self.momentum < 1 and self.l2 >= 0 and self.seed >= 0):
+            raise InputError(
+                "momentum lies in [0, 1), l2 and seed are not negative; received "
+                f"momentum={self.momentum}, l2={self.l2}, seed={self.seed}."
+            )
+
+
+def build_trained_model(config, steps):
+    """The network under fast adversarial training, compiled; `steps` batches in all."""
+    kwargs = {"l2": config.l2} if config.architecture.startswith("resnet") else {}
+    network = build(config.architecture, config.activation, **kwargs)
+    model = FastBetterFreeTrainedModel(
+        network.inputs,
+        network.outputs,
+        eps=config.epsilon,
+        alpha=config.alpha,
+        seed=config.seed,
+        name=network.name,
+    )
+    schedule = TriangularCycle(config.lr_min, config.lr_max, steps)
+    model.compile(
+        keras.optimizers.SGD(schedule, momentum=config.momentum),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def train(config, out, *, data_dir=None, force=False, verbose=2):
+    """Trains one model into the folder `out`; goes on where an earlier call was interrupted.
+
+    Everything random is a function of the seed and the epoch, or a variable that the checkpoint
+    keeps, so a resumed run ends with the history and weights of an uninterrupted one (bitwise with
+    `deterministic`).
+
+    Args:
+        config: TrainConfig.
+        out: model folder; gets model.keras, history.csv and, last of all, training.json.
+        data_dir: see datasets.load.
+        force: start anew, whatever `out` holds.
+
+    Returns:
+        The content of training.json.
+
+    Raises:
+        InputError: for bad settings or data, or if `out` belongs to a run of other settings.
+    """
+    config.check()
+    folder = ModelFolder(out)
+    finished = folder.open(config, force=force)
+    if finished:
+        print(f"{out} is already trained with these settings; --force trains it anew.")
+        return finished
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.utils.set_random_seed(config.seed)
+    (x, y), (x_val, y_val), _ = load(config.dataset, data_dir)
+    x, y = x[: config.train_n], y[: config.train_n]
+    steps_per_epoch = math.ceil(len(x) / config.batch_size)
+    model = build_trained_model(config, config.epochs * steps_per_epoch)
+
+    checkpoint = Checkpoint(folder.checkpoint, model)
+    first_epoch = len(checkpoint.history)
+    if first_epoch:
+        print(f"Resuming {out} after epoch {first_epoch} of {config.epochs}.")
+    probe = RobustnessProbe(
+        x_val[:PROBE_IMAGES], y_val[:PROBE_IMAGES], epsilon=config.epsilon,
+        seed=config.seed, history=checkpoint.history,
+    )  # fmt: skip
+    if first_epoch < config.epochs and not checkpoint.stopped:
+        augment = is_augmentable(config.dataset) and config.architecture.startswith("resnet")
+        epochs = (
+            batches(
+                x, y, batch_size=config.batch_size, seed=config.seed, epoch=epoch, augment=augment
+            )
+            for epoch in range(first_epoch, config.epochs)
+        )
+        model.fit(
+            reduce(tf.data.Dataset.concatenate, epochs),
+            steps_per_epoch=steps_per_epoch,
+            epochs=config.epochs,
+            initial_epoch=first_epoch,
+            callbacks=[probe, checkpoint],
+            shuffle=False,  # batches() has shuffled
+            verbose=verbose,
+        )
+    network = model.inference_model
+    # One pass over the validation images: the accuracy of the weights that are saved.
+    logits = network.predict(x_val, batch_size=config.batch_size, verbose=0)
+    record = {
+        "settings": asdict(config),
+        "results": {
+            "validation_clean": float(np.mean(np.argmax(logits, axis=-1) == y_val)),
+            "validation_n": len(x_val),
+            **{k: v for k, v in checkpoint.last_good_row().items() if k.startswith("probe_")},
+            "probe_n": len(x_val[:PROBE_IMAGES]),
+            "epochs_trained": len(checkpoint.history),
+            "catastrophic_overfitting_in_epoch": checkpoint.stopped,
+            "parameters": network.count_params(),
+        },
+        "dataset": {
+            "name": config.dataset,
+            "train_n": len(x),
+            "train_fingerprint": fingerprint(x, y),
+            "validation_fingerprint": fingerprint(x_val, y_val),
+        },
+        "seconds": round(sum(row["seconds"] for row in checkpoint.history), 1),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    return folder.finish(network, checkpoint.history, record)
+
+
+class ModelFolder:
+    """A folder that is empty, holds an unfinished run, or a finished one (training.json)."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.record = self.path / "training.json"
+        self.unfinished = self.path / "unfinished"
+        self.settings = self.unfinished / "settings.json"
+        self.checkpoint = self.unfinished / "checkpoint.npz"
+
+    def open(self, config, *, force):
+        """The record of a finished run of these settings, or None when there is work to do."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out must be a folder; {self.path} is a file. Name another.")
+        if force:
+            for path in (self.record, *self.path.glob("model.keras*"), self.path / "history.csv"):
+                path.unlink(missing_ok=True)
+            for folder in (self.unfinished, self.path / "robustness"):
+                shutil.rmtree(folder, ignore_errors=True)  # figures of other weights
+        finished = read_json(self.record) if self.record.exists() else None
+        if finished:
+            self._refuse_other_settings(finished["settings"], config)
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            return finished
+        if self.settings.exists():
+            self._refuse_other_settings(read_json(self.settings), config)
+        make_writable(self.unfinished)
+        write_json(self.settings, asdict(config))
+        return None
+
+    def _refuse_other_settings(self, settings, config):
+        # Settings go through JSON so that both sides have the same types.
+        asked = json.loads(json.dumps(asdict(config)))
+        differing = [
+            f"{name}: there {settings.get(name)!r}, asked {asked.get(name)!r}"
+            for name in sorted(settings | asked)
+            if settings.get(name) != asked.get(name)
+        ]
+        if differing:
+            raise InputError(
+                f"{self.path} belongs to a run of other settings ({'; '.join(differing)}). "
+                "Name another --out, or --force to start anew."
+            )
+
+    def finish(self, network, history, record):
+        """Writes everything; training.json, whose presence says finished, comes last."""
+        model_path = self.path / "model.keras"
+        partial = self.path / "unfinished" / "model.keras"
+        network.save(partial)
+        os.replace(partial, model_path)
+        partial = self.unfinished / "history.csv"
+        pd.DataFrame(history).to_csv(partial, index=False)
+        os.replace(partial, self.path / "history.csv")
+        record["model_sha256"] = hashlib.sha256(model_path.read_bytes()).hexdigest()
+        write_json(self.record, record)
+        shutil.rmtree(self.unfinished)
+        return record
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """All variables of a run and its history in one file, replaced at once after each epoch.
+
+    keras.callbacks.BackupAndRestore keeps neither the history nor the state of the random
+    generators, and a kill while it writes leaves a torn backup.
+
+    On creation the model takes over what the file holds, if there is one.
+
+    Attributes:
+        history: list of rows (dict), one for each finished epoch.
+        stopped: the epoch (from 0) in which the probe stopped the training, or None.
+    """
+
+    def __init__(self, path, model):
+        super().__init__()
+        self.path = Path(path)
+        self.history = []
+        self.stopped = None
+        if self.path.exists():
+            with np.load(self.path) as stored:
+                state = json.loads(str(stored["state"]))
+                for index, variable in enumerate(self._variables(model)):
+                    variable.assign(stored[f"variable_{index}"])
+            self.history, self.stopped = state["history"], state["stopped"]
+
+    @staticmethod
+    def _variables(model):
+        # model.variables: weights, batch-norm statistics and states of the random generators
+        return [*model.variables, *model.optimizer.variables]
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.started = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        row = {"epoch": epoch, **{k: float(v) for k, v in logs.items()}}
+        if not math.isfinite(row["loss"]):
+            raise InputError(
+                f"The loss became {row['loss']} in epoch {epoch + 1}. Lower --lr-max; started "
+                "again with the same command, the run resumes before this epoch."
+            )
+        row["learning_rate"] = float(self.model.optimizer.learning_rate)
+        row["seconds"] = round(time.perf_counter() - self.started, 2)
+        self.history.append(row)
+        self.stopped = epoch if self.model.stop_training else None
+        variables = {
+            f"variable_{i}": keras.ops.convert_to_numpy(v)
+            for i, v in enumerate(self._variables(self.model))
+        }
+        state = json.dumps({"history": self.history, "stopped": self.stopped})
+        partial = self.path.with_suffix(".part")
+        with open(partial, "wb") as file:
+            np.savez(file, state=state, **variables)
+        os.replace(partial, self.path)
+
+    def last_good_row(self):
+        """The row of the epoch whose weights the model has."""
+        return self.history[-2 if self.stopped else -1]
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def write_json(path, value):
+    write_atomically(Path(path), (json.dumps(value, indent=1) + "\n").encode())
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.train",
+        description="Fast adversarial training of one model into a model folder; resumable.",
+    )
+    add = parser.add_argument
+    defaults = TrainConfig()
+    add("--dataset", default=defaults.dataset, help=" or ".join(DATASETS))
+    add("--data-dir", help="folder of CIFAR-10 (else CIFAR10_DIR, Keras' cache, download)")
+    add("--architecture", default=defaults.architecture, help="light_cnn, vgg, resnet20, ...")
+    add("--activation", default=defaults.activation, help=", ".join(ACTIVATIONS))
+    add("--epochs", type=int, default=defaults.epochs)
+    add("--batch-size", type=int, default=defaults.batch_size)
+    add("--train-n", type=int, help="only the first N training images")
+    add("--epsilon", type=float, default=8, help="L-inf radius in 255ths (%(default)g)")
+    add("--alpha", type=float, help="step of the attack in 255ths (1.25 epsilon)")
+    add("--recipe", default="fast", help="optimiser settings: fast (default) or thesis")
+    for name in ("lr-min", "lr-max", "momentum", "l2"):
+        add(f"--{name}", type=float, help="instead of the recipe's")
+    add("--seed", type=int, default=defaults.seed)
+    add("--deterministic", action="store_true", help="bitwise repeatable, slower")
+    add("--out", required=True, help="model folder, e.g. models/cifar10_resnet20_kaf_seed0")
+    add("--force", action="store_true", help="start anew, whatever the folder holds")
+    return parser.parse_args(argv)
+
+
+def config_of(args):
+    """TrainConfig from the command line; 255ths become fractions here, and only here."""
+    optimiser = recipe(args.recipe, args.architecture, args.activation)
+    given = {name: getattr(args, name) for name in optimiser}
+    optimiser |= {name: value for name, value in given.items() if value is not None}
+    alpha = 1.25 * args.epsilon if args.alpha is None else args.alpha
+    return TrainConfig(
+        dataset=args.dataset,
+        architecture=args.architecture,
+        activation=args.activation,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        train_n=args.train_n,
+        epsilon=args.epsilon / 255,
+        alpha=alpha / 255,
+        seed=args.seed,
+        deterministic=args.deterministic,
+        **optimiser,
+    )
+
+
+def main(argv=None):
+    args = parse(argv)
+    try:
+        train(config_of(args), args.out, data_dir=args.data_dir, force=args.force)
+    except InputError as error:
+        print(f"experiments.train: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,474 @@
+"""The mathematics of a KAF: dictionary, kernels, ridge fit, fast evaluation and its gradients.
+
+A kernel activation function (Scardapane, Van Vaerenbergh, Totaro & Uncini 2019, "Kafnets", Neural
+Networks 110, eq. 13) is, per channel,
+
+    g(x) = sum_{i=1..D} alpha_i kappa(x, d_i),    kappa(x, d) = exp(-gamma (x - d)^2).
+
+`plain_expansion` is this formula, for every Keras backend and kernel; it keeps D-fold tensors for
+the backward pass. `gaussian_expansion` and `moving_gaussian_expansion` are the same function for
+the Gaussian kernel under TensorFlow, compiled, with gradients of their own that keep only x.
+
+Shapes: x (..., C), alpha (D, C), dictionary (D,) or (D, C), gamma a number or (C,). Coefficients
+lie (D, C) so that the channels, which are last in x, are contiguous.
+"""
+
+import functools
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+RIDGE_EPSILON = 1e-6  # the thesis's; the KAF authors' code has 1e-5 (Keras, TF) or 1e-4 (PyTorch)
+
+
+def equally_spaced_dictionary(D, boundary):
+    """D points on [-boundary, boundary], float64 (D,): symmetric about 0, step 2 boundary/(D-1)."""
+    return np.linspace(-boundary, boundary, D)
+
+
+def rule_of_thumb_bandwidth(D, boundary):
+    """gamma = 1 / (6 step^2): Kafnets eq. 15. The KAF authors' code has 1 / (8 step^2)."""
+    step = 2 * boundary / (D - 1)
+    return 1 / (6 * step**2)
+
+
+def gaussian(difference, gamma):
+    return ops.exp(-gamma * ops.square(difference))
+
+
+def relu_spline(difference, gamma):
+    """max(x - d, 0), of the KAF authors' code; no bandwidth."""
+    return ops.relu(difference)
+
+
+def softplus(difference, gamma):
+    """log(1 + exp(x - d)), of the KAF authors' code; no bandwidth."""
+    return ops.softplus(difference)
+
+
+KERNELS = {"gaussian": gaussian, "relu": relu_spline, "softplus": softplus}
+
+
+def plain_expansion(x, alpha, dictionary, gamma, kernel="gaussian"):
+    """sum_i alpha_i kappa(x, d_i), written as its formula. (..., C) -> (..., C)."""
+    if len(ops.shape(dictionary)) == 1:
+        dictionary = ops.expand_dims(dictionary, -1)  # (D, 1)
+    # (..., C) -> (..., 1, C); against the dictionary (D, C) the kernel is (..., D, C).
+    kappa = KERNELS[kernel](ops.expand_dims(x, -2) - dictionary, gamma)
+    return ops.sum(alpha * kappa, axis=-2)
+
+
+def ridge_coefficients(target, dictionary, gamma, kernel="gaussian", epsilon=RIDGE_EPSILON):
+    """alpha = (K + epsilon I)^-1 t with t_i = target(d_i): a KAF that starts as `target`.
+
+    Kafnets eq. 16. The system is ill-conditioned, so it is solved in float64 on the host; the
+    caller casts the result.
+
+    Args:
+        target: function of a tensor, elementwise.
+        dictionary: (D,), gamma: the bandwidth (ignored by kernels without one).
+
+    Returns:
+        float64 (D,).
+    """
+    if kernel == "relu":
+        raise ValueError(
+            "The ReLU kernel cannot start as a given function: its matrix max(d_i - d_j, 0) is "
+            "singular. Use kernel='gaussian' or 'softplus', or ridge=None."
+        )
+    d = np.asarray(dictionary, np.float64)
+    difference = d[:, None] - d[None, :]
+    matrix = {
+        "gaussian": lambda: np.exp(-gamma * difference**2),
+        "softplus": lambda: np.logaddexp(0, difference),
+    }[kernel]()
+    t = ops.convert_to_numpy(target(ops.convert_to_tensor(d, "float64"))).astype(np.float64)
+    if t.shape != d.shape or not np.isfinite(t).all():
+        raise ValueError(
+            "The ridge target must be an elementwise function, finite on the dictionary; "
+            f"at {d.shape[0]} points it returned shape {t.shape}, finite: {np.isfinite(t).all()}."
+        )
+    return np.linalg.solve(matrix + epsilon * np.eye(len(d)), t)
+
+
+def gaussian_expansion(x, alpha, *, boundary, gamma):
+    """sum_i alpha_i exp(-gamma (x - d_i)^2) over the equally spaced dictionary on [-b, b].
+
+    Under TensorFlow and in float32: two exponentials and two short polynomials instead of D
+    exponentials (see `_power_factors`), compiled by XLA; the backward pass keeps x alone, and
+    computes the gradient in alpha only where it is asked for. Elsewhere the plain formula.
+    Values and gradients agree with the plain formula to 2e-5 of its largest term; far outside the
+    dictionary both are 0, also at x = inf; NaN stays NaN.
+
+    Args:
+        x: (..., C). alpha: (D, C). boundary, gamma: positive numbers, the same for all channels.
+
+    Returns:
+        (..., C)
+    """
+    D = alpha.shape[0]
+    if not _has_fast_path(x):
+        return plain_expansion(x, alpha, _constant_dictionary(D, boundary, x.dtype), gamma)
+    step = 2 * boundary / (D - 1)
+    expansion = _equally_spaced_expansion(D, x.shape[-1], float(step), float(gamma))
+    return _on_rows(expansion, x, alpha)
+
+
+def moving_gaussian_expansion(x, alpha, dictionary, gamma):
+    """The same with a dictionary (D, C) and a bandwidth gamma (C,) that are trained as well.
+
+    Its points are not equally spaced, so the D exponentials stay, but none of them is stored.
+    """
+    if not _has_fast_path(x):
+        return plain_expansion(x, alpha, dictionary, gamma)
+    expansion = _moving_expansion(alpha.shape[0], x.shape[-1])
+    return _on_rows(expansion, x, alpha, dictionary, gamma)
+
+
+def _constant_dictionary(D, boundary, dtype):
+    return ops.convert_to_tensor(equally_spaced_dictionary(D, boundary), dtype)
+
+
+def _has_fast_path(x):
+    return (
+        keras.backend.backend() == "tensorflow"
+        and keras.backend.standardize_dtype(x.dtype) == "float32"
+        and x.shape[-1] is not None
+    )
+
+
+def _on_rows(expansion, x, *parameters):
+    """Applies a function of rows (N, C) to x (..., C)."""
+    # Variables are read here: a custom gradient takes tensors.
+    rows, *parameters = map(tf.convert_to_tensor, (tf.reshape(x, (-1, x.shape[-1])), *parameters))
+    return tf.reshape(expansion(rows, *parameters), tf.shape(x))
+
+
+# ---------------------------------------------------------------------------------------------
+# TensorFlow: the Gaussian expansion at the price of a fixed activation.
+#
+# In units of the step, u = x / step and g = gamma step^2, a run of dictionary points m + k around
+# its centre m (v = u - m; k = -h, ..., h) has
+#
+#     exp(-g (v - k)^2) = exp(-g v^2) (exp(2 g v))^k exp(-g k^2),
+#
+# one Gaussian, times a power that a Horner chain builds up, times a constant. One chain runs in
+# s^2 = exp(2 g v) for k > 0 and one in 1 / s^2 for k < 0. float32 holds this for runs of up to 20
+# points at the rule-of-thumb bandwidth (`_runs` says how many in general); longer dictionaries are
+# cut into runs. exp is written out (`_exp2`): XLA then makes one vectorised loop of everything.
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+LIFT = 28.0  # exponents are lifted by this much, and the constants lowered, to stay in range
+LONGEST_RUN = 20  # points that share one pair of chains
+
+
+def _runs(D, g):
+    """Dictionary cut into runs of consecutive points: pairs (centre in steps, points)."""
+    # With h sqrt(g) <= 4, exp(2 g v h) does not overflow before exp(LIFT - g v^2) has reached 0,
+    # and there the run's nearest kernel is below exp(-45).
+    longest = max(1, min(LONGEST_RUN, int(2 * 4 / math.sqrt(g)) + 1))
+    points = np.array_split(np.arange(D), math.ceil(D / longest))
+    return [((run[0] + run[-1]) / 2 - (D - 1) / 2, list(run)) for run in points]
+
+
+def _offsets(points):
+    """k of each point of a run: -h, ..., h."""
+    return np.arange(len(points)) - (len(points) - 1) / 2
+
+
+def _constants(D, g):
+    """exp(-g k^2 - LIFT) and k for every point of the dictionary, each (D, 1) float32."""
+    k = np.concatenate([_offsets(points) for _, points in _runs(D, g)])[:, None]
+    return np.exp(-g * k**2 - LIFT).astype(np.float32), k.astype(np.float32)
+
+
+@functools.cache
+def _exp2_polynomial():
+    """2^f on [-1/2, 1/2] to 4e-9, coefficients from f^0 to f^6."""
+    interpolant = np.polynomial.Chebyshev.interpolate(np.exp2, 6, domain=[-0.5, 0.5])
+    return [np.float32(c) for c in interpolant.convert(kind=np.polynomial.Polynomial).coef]
+
+
+def _horner(coefficients, x):
+    """coefficients[0] + coefficients[1] x + ..."""
+    value = coefficients[-1]
+    for coefficient in coefficients[-2::-1]:
+        value = value * x + coefficient
+    return value
+
+
+def _times_power_of_2(x, n):
+    """x 2^n for integers -127 <= n <= 127; 2^-127 counts as 0."""
+    return x * tf.bitcast((n + 127) * (1 << 23), tf.float32)
+
+
+def _exp2(z):
+    """2^z for -127.49 <= z <= 127; 0 below -126.5."""
+    n = tf.round(z)
+    return _times_power_of_2(_horner(_exp2_polynomial(), z - n), tf.cast(n, tf.int32))
+
+
+def _exp2_both_signs(z):
+    """2^z and 2^-z for |z| <= 126: even and odd part of one polynomial."""
+    n = tf.round(z)
+    f = z - n
+    even = _horner(_exp2_polynomial()[0::2], f * f)
+    odd = f * _horner(_exp2_polynomial()[1::2], f * f)
+    n = tf.cast(n, tf.int32)
+    return _times_power_of_2(even + odd, n), _times_power_of_2(even - odd, -n)
+
+
+def _power_factors(x, centre, step, g):
+    """v, s = exp(g v), 1 / s and exp(LIFT - g v^2), where v = x / step - centre."""
+    log2e = math.log2(math.e)
+    # Where the Gaussian has reached 0, v may as well stop: nothing overflows, inf becomes finite.
+    stop = math.sqrt((127.4 / log2e + LIFT) / g)
+    v = tf.clip_by_value(x * np.float32(1 / step) - np.float32(centre), -stop, stop)
+    s, s_inverse = _exp2_both_signs(v * np.float32(g * log2e))
+    bell = _exp2(np.float32(LIFT * log2e) - np.float32(g * log2e) * (v * v))
+    return v, s, s_inverse, bell
+
+
+def _sum_of_powers(rows, s, s_inverse):
+    """sum_k rows[k] s^(2k) over k = -h, ..., h."""
+    half, has_middle = len(rows) // 2, len(rows) % 2
+    total = rows[half] if has_middle else 0.0
+    if half:
+        w, w_inverse = s * s, s_inverse * s_inverse
+        # smallest positive k is 1, or 1/2 for an even number of points
+        first, first_inverse = (w, w_inverse) if has_middle else (s, s_inverse)
+        total += first * _horner(rows[half + has_middle :], w)
+        total += first_inverse * _horner(rows[:half][::-1], w_inverse)
+    return total
+
+
+def _all_powers(t, s, s_inverse, count):
+    """Lists over slices of t s^(2k), one list for each k = -h, ..., h; t, s: lists of slices."""
+    half, has_middle = count // 2, count % 2
+
+    def chain(s):
+        w = [a * a for a in s]
+        power = [a * b for a, b in zip(t, w if has_middle else s, strict=True)]
+        for _ in range(half):
+            yield power
+            power = [a * b for a, b in zip(power, w, strict=True)]
+
+    return list(chain(s_inverse))[::-1] + [t] * has_middle + list(chain(s))
+
+
+CHUNK_ROWS, CHUNK_LANES = 16, 2048  # sizes for which the sums below stay in the second-level cache
+
+
+def _sum_over_rows(terms, count, channels, *rows):
+    """Sums (N, C) -> (count, C) of `count` terms, in stages, without storing the terms.
+
+    XLA fuses elementwise work into vectorised loops, but not into reductions. So the rows are cut
+    into chunks (CHUNK_ROWS, lanes), the chunk's rows are added as slices, the chunks in a loop, and
+    only (count, lanes) is reduced in the ordinary way.
+
+    Args:
+        terms: takes one chunk of each of `rows`, as (CHUNK_ROWS, lanes); returns `count` lists of
+            CHUNK_ROWS slices (lanes,). Must give 0 where all `rows` are 0.
+        rows: tensors (N, C).
+    """
+    per_lane_row = max(1, CHUNK_LANES // channels)
+    lanes = per_lane_row * channels
+    length = tf.shape(rows[0])[0]
+    chunk = per_lane_row * CHUNK_ROWS
+    chunks = (length + chunk - 1) // chunk
+    padding = [[0, chunks * chunk - length], [0, 0]]
+    rows = [tf.reshape(tf.pad(r, padding), (-1, CHUNK_ROWS, lanes)) for r in rows]
+
+    def add_chunk(i, sums):
+        slices = terms(*[r[i] for r in rows])
+        return i + 1, tuple(
+            functools.reduce(lambda a, b: a + b, [partial, *parts])
+            for partial, parts in zip(sums, slices, strict=True)
+        )
+
+    zeros = tuple(tf.zeros((lanes,)) for _ in range(count))
+    _, sums = tf.while_loop(lambda i, _: i < chunks, add_chunk, (0, zeros))
+    return tf.reduce_sum(tf.reshape(tf.stack(sums), (count, per_lane_row, channels)), axis=1)
+
+
+@functools.cache
+def _equally_spaced_expansion(D, channels, step, gamma):
+    """x (N, C), alpha (D, C) -> (N, C), with gradients of its own."""
+    g = gamma * step**2
+    runs = _runs(D, g)
+    constants, offsets = _constants(D, g)
+    compiled = _compiled(channels)
+
+    @compiled
+    def value(x, scaled):
+        total = 0.0
+        for centre, points in runs:
+            _, s, s_inverse, bell = _power_factors(x, centre, step, g)
+            total += bell * _sum_of_powers([scaled[i] for i in points], s, s_inverse)
+        return total
+
+    @compiled
+    def derivative(x, scaled, scaled_offsets, upstream):
+        # dg/dx = (2 g / step) sum_i alpha_i kappa_i (k_i - v)
+        total = 0.0
+        for centre, points in runs:
+            v, s, s_inverse, bell = _power_factors(x, centre, step, g)
+            first = _sum_of_powers([scaled_offsets[i] for i in points], s, s_inverse)
+            total += bell * (first - v * _sum_of_powers([scaled[i] for i in points], s, s_inverse))
+        return upstream * total * np.float32(2 * g / step)
+
+    @compiled
+    def sums_of_kernels(x, upstream):
+        def terms(x, upstream):
+            powers = []
+            for centre, points in runs:
+                _, s, s_inverse, bell = _power_factors(x, centre, step, g)
+                slices = [tf.unstack(a) for a in (bell * upstream, s, s_inverse)]
+                powers += _all_powers(*slices, len(points))
+            return powers
+
+        return _sum_over_rows(terms, D, channels, x, upstream)
+
+    def plain(x, alpha):
+        d = _constant_dictionary(D, step * (D - 1) / 2, "float32")
+        return plain_expansion(x, alpha, d, gamma)
+
+    @tf.custom_gradient
+    def expansion(x, alpha):
+        def gradient(upstream):
+            return gradient_in_x(x, alpha, upstream), gradient_in_alpha(x, upstream)
+
+        return value(x, alpha * constants), gradient
+
+    @tf.custom_gradient
+    def gradient_in_x(x, alpha, upstream):
+        scaled = alpha * constants
+        result = derivative(x, scaled, scaled * offsets, upstream)
+        return result, _plain_gradient_of_gradient(plain, x, alpha, upstream)
+
+    @tf.custom_gradient
+    def gradient_in_alpha(x, upstream):
+        # linear in the upstream gradient: its own gradient is an expansion again
+        def gradient(weights):
+            return gradient_in_x(x, weights, upstream), expansion(x, weights)
+
+        return constants * sums_of_kernels(x, upstream), gradient
+
+    return expansion
+
+
+@functools.cache
+def _moving_expansion(D, channels):
+    """x (N, C), alpha (D, C), dictionary (D, C), gamma (C,) -> (N, C), gradients of its own."""
+    compiled = _compiled(channels)
+    log2e = np.float32(math.log2(math.e))
+
+    def kernels(x, dictionary, gamma):
+        """exp(-gamma (x - d_i)^2) and x - d_i, point by point."""
+        # Products of -127.4 and more: exp2 is 0 there. inf would make inf * 0 of x - d_i.
+        x = tf.clip_by_value(x, -1e15, 1e15)
+        for i in range(D):
+            difference = x - dictionary[i]
+            exponent = -(gamma * log2e) * (difference * difference)
+            yield _exp2(tf.maximum(exponent, np.float32(-127.4))), difference
+
+    @compiled
+    def value(x, alpha, dictionary, gamma):
+        kappas = kernels(x, dictionary, gamma)
+        return sum(alpha[i] * kappa for i, (kappa, _) in enumerate(kappas))
+
+    @compiled
+    def derivative(x, alpha, dictionary, gamma, upstream):
+        kappas = kernels(x, dictionary, gamma)
+        total = sum(alpha[i] * (kappa * diff) for i, (kappa, diff) in enumerate(kappas))
+        return -2.0 * gamma * upstream * total
+
+    @compiled
+    def sums_of_kernels(x, dictionary, gamma, upstream):
+        """sum kappa_i upstream, and sum kappa_i (x - d_i) upstream: (2 D, C)."""
+        lanes = max(1, CHUNK_LANES // channels)
+        dictionary = tf.tile(dictionary, (1, lanes))
+        gamma = tf.tile(gamma, (lanes,))
+
+        def terms(x, upstream):
+            pairs = list(kernels(x, dictionary, gamma))
+            zeroth = [tf.unstack(kappa * upstream) for kappa, _ in pairs]
+            first = [tf.unstack(kappa * difference * upstream) for kappa, difference in pairs]
+            return zeroth + first
+
+        return _sum_over_rows(terms, 2 * D, channels, x, upstream)
+
+    @tf.custom_gradient
+    def expansion(x, alpha, dictionary, gamma):
+        def gradient(upstream):
+            in_x = gradient_in_x(x, alpha, dictionary, gamma, upstream)
+            return in_x, *gradient_in_parameters(x, alpha, dictionary, gamma, upstream, in_x)
+
+        return value(x, alpha, dictionary, gamma), gradient
+
+    @tf.custom_gradient
+    def gradient_in_x(x, alpha, dictionary, gamma, upstream):
+        result = derivative(x, alpha, dictionary, gamma, upstream)
+        return result, _plain_gradient_of_gradient(
+            plain_expansion, x, alpha, dictionary, gamma, upstream
+        )
+
+    @tf.custom_gradient
+    def gradient_in_parameters(x, alpha, dictionary, gamma, upstream, in_x):
+        # in alpha: sum kappa_i; in d_i: 2 gamma alpha_i sum kappa_i (x - d_i);
+        # in gamma: -sum_i alpha_i sum kappa_i (x - d_i)^2, of which one factor x - d_i is split:
+        # x goes with the derivative in x, d_i with the sums just computed.
+        zeroth, first = tf.split(sums_of_kernels(x, dictionary, gamma, upstream), 2)
+        finite = tf.clip_by_value(x, -1e15, 1e15)
+        in_gamma = tf.reduce_sum(in_x * finite, axis=0) / (2 * gamma)
+        in_gamma += tf.reduce_sum(alpha * dictionary * first, axis=0)
+
+        def refuse(*_):
+            raise NotImplementedError(
+                "Second derivatives through the parameters of a moving KAF are not implemented; "
+                "use plain_expansion, whose gradients TensorFlow derives."
+            )
+
+        return (zeroth, 2 * gamma * alpha * first, in_gamma), refuse
+
+    return expansion
+
+
+def _compiled(channels):
+    """Decorator: XLA-compiled for rows (N, C) of any N, one trace for each signature."""
+    return functools.partial(_compile, channels=channels)
+
+
+def _compile(function, *, channels):
+    compiled = tf.function(function, jit_compile=True, autograph=False, reduce_retracing=True)
+
+    @functools.wraps(function)
+    def call(*arguments):
+        # Static shapes that differ only in N would each be traced anew: forget N.
+        relaxed = [
+            tf.ensure_shape(a, (None, channels)) if a.shape.rank == 2 else a for a in arguments
+        ]
+        return compiled(*relaxed)
+
+    return call
+
+
+def _plain_gradient_of_gradient(plain, x, *parameters_and_upstream):
+    """Gradient of upstream * d plain / dx in all of its arguments, by the plain formula."""
+    *parameters, upstream = parameters_and_upstream
+
+    def gradient(weights):
+        arguments = [x, *parameters, upstream]
+        with tf.GradientTape() as outer:
+            outer.watch(arguments)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = plain(x, *parameters)
+            in_x = inner.gradient(y, x, output_gradients=upstream)
+        return outer.gradient(in_x, arguments, output_gradients=weights)
+
+    return gradient

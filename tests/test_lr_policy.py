@@ -1,0 +1,328 @@
+"""The triangular cycle has its shape; the range test measures, suggests, and leaves no trace."""
+
+import keras
+import matplotlib
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+from experiments import InputError
+from experiments.lr_policy import LRFinder, LRFinderResult, TriangularCycle
+
+matplotlib.use("Agg")
+
+# --- TriangularCycle
+
+
+@pytest.mark.parametrize("peak", [0.5, 0.2])
+def test_the_cycle_is_linear_up_and_down_and_then_stays_low(peak):
+    schedule = TriangularCycle(0.01, 0.8, 100, peak=peak)
+    steps = np.arange(151)
+    rates = np.array([float(schedule(step)) for step in steps])
+    expected = np.interp(steps, [0, 100 * peak, 100], [0.01, 0.8, 0.01])
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_an_optimizer_follows_the_cycle_and_keras_saves_it(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(TriangularCycle(0.1, 0.5, 8, peak=0.25)), "mse")
+    model.fit(np.zeros((6, 2)), np.zeros((6, 1)), batch_size=2, verbose=0)
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.5 - 0.4 / 6)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    assert float(loaded.optimizer.learning_rate) == float(model.optimizer.learning_rate)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(0.5, 0.1, 10), (-0.1, 0.1, 10), (0, 0, 10), (0, float("nan"), 10), (0.1, 0.5, 0)],
+)
+def test_impossible_cycles_are_refused(arguments):
+    with pytest.raises(InputError, match="received"):
+        TriangularCycle(*arguments)
+
+
+# --- LRFinder
+
+
+class OneVariable(keras.Model):
+    """Loss w^2 / 2 + mean(x), so that gradient descent is w <- (1 - lr) w, in closed form."""
+
+    def __init__(self, start=4.0):
+        super().__init__()
+        self.w = self.add_weight(shape=(), initializer=keras.initializers.Constant(start))
+
+    def call(self, x):
+        return 0.5 * ops.square(self.w) + ops.mean(x, axis=-1, keepdims=True)
+
+
+def quadratic(learning_rate=0.5, loss=lambda y, y_pred: y_pred[:, 0], **kwargs):
+    model = OneVariable()
+    model.compile(keras.optimizers.SGD(learning_rate), loss, **kwargs)
+    return model
+
+
+def closed_form(lrs, start=4.0):
+    """Loss before each step of gradient descent on w^2 / 2."""
+    return 0.5 * (start * np.cumprod(np.concatenate([[1.0], 1 - lrs[:-1]]))) ** 2
+
+
+@pytest.mark.parametrize("compile_arguments", [{}, {"run_eagerly": True}, {"jit_compile": True}])
+def test_losses_are_those_of_each_batch_not_a_running_mean(compile_arguments):
+    model = quadratic(**compile_arguments)
+    result = LRFinder(model).find(
+        np.zeros((20, 1), np.float32), np.zeros(20), steps=25, batch_size=4, max_lr=0.9
+    )
+    np.testing.assert_allclose(result.losses, closed_form(result.lrs), rtol=1e-4)
+    assert not result.diverged
+
+
+def test_rates_grow_exponentially_or_linearly_between_the_bounds():
+    x, y = np.zeros((8, 1), np.float32), np.zeros(8)
+    rates = LRFinder(quadratic()).find(x, y, steps=11, min_lr=1e-3, max_lr=1e-1).lrs
+    np.testing.assert_allclose(np.diff(np.log10(rates)), 0.2, rtol=1e-6)
+    rates = LRFinder(quadratic()).find(x, y, steps=11, min_lr=0.1, max_lr=0.3, growth="linear").lrs
+    np.testing.assert_allclose(np.diff(rates), 0.02, rtol=1e-6)
+    assert rates[0] == pytest.approx(0.1) and rates[-1] == pytest.approx(0.3)
+
+
+def test_arrays_are_passed_epoch_by_epoch_and_datasets_as_they_come():
+    x = np.arange(10, dtype=np.float32)[:, None]
+    result = LRFinder(quadratic()).find(x, np.zeros(10), epochs=2, batch_size=4, max_lr=1e-3)
+    assert len(result.losses) == 6  # 4, 4 and 2 images, twice
+    noise = result.losses - closed_form(result.lrs)  # mean(x) of each batch
+    for half in (noise[:3], noise[3:]):
+        np.testing.assert_allclose(np.dot(half, [4, 4, 2]), x.sum(), rtol=1e-3)
+    assert not np.allclose(noise[:3], noise[3:], atol=1e-2)  # shuffled afresh
+
+    dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(10))).batch(4)
+    result = LRFinder(quadratic()).find(dataset, epochs=2, max_lr=1e-3)
+    noise = result.losses - closed_form(result.lrs)
+    np.testing.assert_allclose(noise, [1.5, 5.5, 8.5] * 2, rtol=1e-3)
+
+
+def test_divergence_ends_the_test_early():
+    x, y = np.zeros((8, 1), np.float32), np.zeros(8)
+    result = LRFinder(quadratic()).find(x, y, steps=200, max_lr=1e4)
+    assert result.diverged and len(result.losses) < 200
+    assert len(result.lrs) == len(result.losses)
+    assert result.lrs[-1] > 2  # where gradient descent on this loss turns unstable
+
+
+def noisy_model():
+    """Batch norm, dropout and a slot for each weight: every kind of state there is."""
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.5, seed=3),
+            keras.layers.Dense(3),
+        ]
+    )
+    model.compile(
+        keras.optimizers.Adam(0.003),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def state(model):
+    variables = (*model.variables, *model.optimizer.variables)
+    return {variable.path: ops.convert_to_numpy(variable).copy() for variable in variables}
+
+
+def assert_same(before, after):
+    assert before.keys() == after.keys() and len(before) > 20
+    assert any("seed" in path for path in before) and any("moving" in path for path in before)
+    for path, value in before.items():
+        np.testing.assert_array_equal(value, after[path], err_msg=path)
+
+
+DATA = (
+    np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32),
+    np.random.default_rng(1).integers(0, 3, 40),
+)
+
+
+def test_everything_is_put_back():
+    model = noisy_model()
+    model.fit(*DATA, verbose=0)
+    before = state(model)
+    LRFinder(model).find(*DATA, steps=10, batch_size=8)
+    assert_same(before, state(model))
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.003)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_everything_is_put_back_after_an_interruption(error, monkeypatch):
+    model = noisy_model()
+    model.fit(*DATA, verbose=0)
+    before, history = state(model), model.history
+    model.run_eagerly = True
+    step, calls = model.train_step, []
+
+    def interrupted(data):
+        calls.append(step(data))
+        if len(calls) == 3:
+            assert any((state(model)[path] != before[path]).any() for path in before)
+            raise error
+        return calls[-1]
+
+    monkeypatch.setattr(model, "train_step", interrupted)
+    model.train_function = None  # built anew, around the step above
+    with pytest.raises(error):
+        LRFinder(model).find(*DATA, steps=10, batch_size=8)
+    assert len(calls) == 3
+    assert_same(before, state(model))
+    assert model.history is history
+
+
+def test_everything_is_put_back_after_nan():
+    model = noisy_model()
+    model.fit(*DATA, verbose=0)
+    before = state(model)
+    x = DATA[0].copy()
+    x[0] = np.nan
+    result = LRFinder(model).find(x, DATA[1], steps=10, batch_size=8)
+    assert result.diverged and np.isnan(result.losses[-1])
+    assert np.isfinite(result.smoothed).all()
+    assert_same(before, state(model))
+
+
+def test_training_afterwards_is_as_if_nothing_had_happened():
+    def trained(with_test):
+        keras.utils.set_random_seed(0)
+        model = noisy_model()
+        if with_test:
+            LRFinder(model).find(*DATA, steps=6, batch_size=8)
+        history = model.fit(*DATA, batch_size=8, epochs=2, shuffle=False, verbose=0)
+        return history.history, model.get_weights()
+
+    (history, weights), (other_history, other_weights) = trained(False), trained(True)
+    assert history == other_history
+    for a, b in zip(weights, other_weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@keras.saving.register_keras_serializable(package="test_lr_policy")
+class OwnStep(keras.Model):
+    """A trainer with a random start and a train_step that reports one loss alone."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.seed_generator = keras.random.SeedGenerator(7)
+        self.own_loss = keras.metrics.Mean(name="loss")
+
+    def train_step(self, data):
+        x, y = data
+        x = x + keras.random.uniform(ops.shape(x), -0.01, 0.01, seed=self.seed_generator)
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(loss, self.trainable_weights), self.trainable_weights, strict=True)
+        )
+        self.own_loss.update_state(loss)
+        return {"loss": self.own_loss.result()}
+
+
+def test_a_custom_train_step_is_the_one_that_runs():
+    inputs = keras.Input((6,))
+    model = OwnStep(inputs, keras.layers.Dense(3)(inputs))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1), loss)
+    seed_before = ops.convert_to_numpy(model.seed_generator.state).copy()
+    weights = model.get_weights()
+    result = LRFinder(model).find(*DATA, steps=12, batch_size=40, min_lr=1e-6, max_lr=2e-6)
+    # With rates this small and the whole data in a batch, each loss is nearly the first one.
+    logits = DATA[0] @ weights[0] + weights[1]
+    expected = float(loss(DATA[1], logits))
+    np.testing.assert_allclose(result.losses, expected, atol=0.01)
+    assert len(set(result.losses)) > 6  # a fresh random start for each batch
+    np.testing.assert_array_equal(seed_before, ops.convert_to_numpy(model.seed_generator.state))
+    assert all(map(np.array_equal, weights, model.get_weights()))
+
+
+def test_mixed_precision_with_loss_scaling_works_and_is_put_back():
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, keras.layers.Dense(3, dtype="mixed_float16")(inputs))
+    inner = keras.optimizers.SGD(0.1)
+    model.compile(keras.optimizers.LossScaleOptimizer(inner), "mse")
+    result = LRFinder(model).find(DATA[0], np.zeros((40, 3), np.float32), steps=6, max_lr=0.1)
+    assert np.isfinite(result.losses).all()
+    assert float(inner.learning_rate) == pytest.approx(0.1)
+    assert int(inner.iterations) == 0
+
+
+def test_a_schedule_or_an_uncompiled_model_is_refused():
+    for optimizer in (
+        keras.optimizers.SGD(TriangularCycle(0.1, 0.5, 10)),
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(TriangularCycle(0.1, 0.5, 10))),
+    ):
+        model = noisy_model()
+        model.compile(optimizer, "mse")
+        with pytest.raises(InputError, match="already follows a schedule"):
+            LRFinder(model).find(*DATA)
+    with pytest.raises(InputError, match="compile"):
+        LRFinder(keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])).find(*DATA)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"min_lr": 1.0, "max_lr": 0.1}, "min_lr"),
+        ({"min_lr": 0.0}, "min_lr"),
+        ({"growth": "cubic"}, "growth"),
+        ({"steps": 1}, "at least 2"),
+        ({"epochs": 0}, "epoch"),
+        ({"y": None}, "labels"),
+        ({"y": DATA[1][:5]}, "as many labels"),
+    ],
+)
+def test_impossible_tests_are_refused(arguments, match):
+    with pytest.raises(InputError, match=match):
+        LRFinder(noisy_model()).find(**({"x": DATA[0], "y": DATA[1]} | arguments))
+
+
+def test_several_steps_per_execution_are_refused():
+    with pytest.raises(InputError, match="steps_per_execution"):
+        LRFinder(quadratic(steps_per_execution=4)).find(*DATA)
+
+
+def test_an_endless_dataset_needs_steps():
+    dataset = tf.data.Dataset.from_tensor_slices(DATA).batch(8).repeat()
+    with pytest.raises(InputError, match="steps"):
+        LRFinder(noisy_model()).find(dataset)
+    assert len(LRFinder(noisy_model()).find(dataset, steps=7, max_lr=0.01).losses) == 7
+
+
+# --- suggestion
+
+
+def test_the_suggestion_lies_where_the_fall_begins_and_ends():
+    lrs = np.geomspace(1e-4, 10, 501)  # 100 batches per decade
+    fall = np.interp(np.log10(lrs), [-4, -2, -0, 0.5, 1], [2.3, 2.3, 1.3, 1.3, 9])
+    noise = np.random.default_rng(0).normal(0, 0.02, len(lrs))
+    low, high = LRFinderResult(lrs, fall + noise, True).suggestion
+    assert low == pytest.approx(10**-1.8, rel=0.3)
+    assert high == pytest.approx(10**-0.2, rel=0.3)
+
+
+def test_a_loss_that_never_falls_has_no_suggestion_but_a_plot():
+    result = LRFinderResult(np.geomspace(1e-4, 1, 50), np.linspace(1, 2, 50), False)
+    with pytest.raises(InputError, match="never fell"):
+        _ = result.suggestion
+    assert "never fell" in result.plot().get_title()
+
+
+def test_the_plot_goes_where_it_is_told():
+    from matplotlib.figure import Figure
+
+    ax = Figure().subplots()
+    lrs = np.geomspace(1e-4, 1, 50)
+    result = LRFinderResult(lrs, np.linspace(2, 1, 50), False)
+    assert result.plot(ax) is ax
+    assert ax.get_xscale() == "log" and "learning rate" in ax.get_xlabel()

@@ -1,0 +1,237 @@
+"""The command: a saved model in, a table and result files out; what cannot be used, in one line."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from experiments import datasets
+from experiments.results import read_results
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE, CLASSES = (32, 32, 3), 10
+REAL_LOAD = datasets.load
+QUICK = ["--n", "24", "--steps", "3", "--restarts", "2"]
+
+
+@pytest.fixture(scope="module")
+def command():
+    spec = importlib.util.spec_from_file_location("robustness_eval", ROOT / "robustness_eval.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def toy_data(monkeypatch):
+    """30 images that carry their class in one row, under the name of either data set."""
+    y = np.arange(30) % CLASSES
+    x = np.full((30, *SHAPE), 0.4, "float32")
+    x[np.arange(30), y] += 0.1
+    monkeypatch.setattr(datasets, "load", lambda name, data_dir=None: ((x, y),) * 3)
+
+
+def linear(shape=SHAPE, classes=CLASSES, activation=None):
+    """Sums up the rows: class i is row i. Standing at 8/255 or falling is set by the contrast."""
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    model = keras.Sequential(
+        [layers.Input(shape), layers.Flatten(), layers.Dense(classes, activation=activation)]
+    )
+    weights = np.zeros((np.prod(shape), classes), "float32")
+    for row in range(min(classes, shape[0])):
+        weights.reshape(*shape, classes)[row, :, :, row] = 0.1
+    model.layers[-1].kernel.assign(weights)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "models" / "net"
+    folder.mkdir(parents=True)
+    linear().save(folder / "model.keras")
+    (folder / "training.json").write_text(json.dumps({"dataset": "digits"}))
+    return folder
+
+
+def test_table_and_files(command, folder, capsys):
+    assert command.main([str(folder), *QUICK, "--labels", "true", "predicted"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["model", "labels", "clean", "under", "attack", "protocol"]
+    assert "PGD-3-2, eps 8/255, step 2/255, true labels, first 24 digits" in lines[1]
+    rows = read_results(folder)
+    assert list(rows["labels"]) == ["predicted", "true"]
+    assert set(rows["clean_accuracy"]) == {1.0}
+    # The contrast of 0.1 is above 2 * 8/255: everything stands, as the closed form says.
+    assert rows["robust_accuracy"][1] == 1.0
+
+
+def test_epsilon_is_in_255ths(command, folder, capsys):
+    # Closed form: rows differ by 0.1, each side moves by epsilon: falls from 0.05 * 255 = 12.75.
+    for eps, robust in (("12.5", 1.0), ("13", 0.0)):
+        assert command.main([str(folder), *QUICK, "--eps", eps, "--step", eps]) == 0
+        rows = read_results(folder).set_index("epsilon")
+        assert rows.loc[float(eps) / 255, "robust_accuracy"] == robust
+
+
+def test_more_images_than_there_are(command, folder, capsys):
+    assert command.main([str(folder), "--steps", "1", "--restarts", "1"]) == 0
+    assert "digits has 30 test images; all are attacked" in capsys.readouterr().out
+    assert command.main([str(folder), "--steps", "1", "--restarts", "1", "--all"]) == 0
+    assert "finished before" in capsys.readouterr().out
+
+
+def test_foreign_models_write_beside_themselves_or_to_out(command, tmp_path, capsys):
+    linear(activation="softmax").save(tmp_path / "foreign.keras")
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as file:
+        file.write(tmp_path / "foreign.keras", "inside.keras")
+    both = [str(tmp_path / "foreign.keras"), str(tmp_path / "packed.zip")]
+    assert command.main([*both, *QUICK, "--dataset", "digits"]) == 0
+    assert "ends in a softmax" in capsys.readouterr().out
+    for name in ("foreign", "packed"):
+        assert len(list((tmp_path / "robustness" / name).glob("*.json"))) == 1
+    assert command.main([*both, *QUICK, "--out", str(tmp_path / "out")]) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"foreign", "packed"}
+    assert set(read_results(tmp_path / "out")["outputs"]) == {"softmax removed"}
+
+
+def failing(command, capsys, *arguments):
+    """The one line the command ends with."""
+    assert command.main([str(a) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and lines[0].startswith("robustness_eval.py: error: ")
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--eps", "300"], "300/255"),
+        (["--eps", "-1"], "epsilon"),
+        (["--eps", "nan"], "epsilon"),
+        (["--step", "-2"], "alpha"),
+        (["--step", "0"], "alpha"),
+        (["--steps", "0"], "steps"),
+        (["--steps", "-1"], "steps"),
+        (["--restarts", "0"], "restarts"),
+        (["--n", "0"], "--n"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--seed", "-1"], "seed"),
+    ],
+)
+def test_impossible_settings_end_in_one_line(command, folder, capsys, arguments, reason):
+    assert reason in failing(command, capsys, folder, *arguments)
+    assert not (folder / "robustness").exists()
+
+
+def test_impossible_models_end_in_one_line(command, folder, tmp_path, capsys):
+    (tmp_path / "text.keras").write_text("not a model")
+    linear(classes=3).save(tmp_path / "three.keras")
+    linear(shape=(28, 28, 1)).save(tmp_path / "small.keras")
+    broken = linear()
+    broken.layers[-1].kernel.assign(broken.layers[-1].kernel * np.nan)
+    broken.save(tmp_path / "nan.keras")
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as file:
+        file.writestr("../evil.keras", "x")
+    for name, reason in {
+        "text.keras": "not a Keras model",
+        "three.keras": "10 classes are expected",
+        "small.keras": "inputs of shape (None, 28, 28, 1)",
+        "nan.keras": "NaN",
+        "evil.zip": "outside",
+        "missing.keras": "does not exist",
+    }.items():
+        assert reason in failing(command, capsys, tmp_path / name, *QUICK)
+    # A bad model among good ones shows before anything is attacked.
+    assert "text.keras" in failing(command, capsys, folder, tmp_path / "text.keras", *QUICK)
+    assert not (folder / "robustness").exists()
+    assert not (tmp_path / "robustness").exists()
+
+
+def test_out_that_cannot_be_written_ends_in_one_line(command, folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot write" in failing(command, capsys, folder, *QUICK, "--out", tmp_path / "file")
+
+
+def test_results_that_would_mix_end_in_one_line(command, folder, tmp_path, capsys):
+    assert "both write" in failing(command, capsys, folder, folder, *QUICK)
+    assert command.main([str(folder), *QUICK]) == 0
+    linear(activation="tanh").save(folder / "model.keras")
+    assert "another evaluation" in failing(command, capsys, folder, *QUICK)
+
+
+def test_missing_data_ends_in_one_line(command, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets, "load", REAL_LOAD)
+    missing = tmp_path / "nowhere"
+    message = failing(
+        command, capsys, folder, *QUICK, "--dataset", "cifar10", "--data-dir", missing
+    )
+    assert "--data-dir" in message
+
+
+# --- as a process of its own
+
+
+def start(*arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "robustness_eval.py"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_error_line_is_all_a_process_prints(tmp_path):
+    (tmp_path / "text.keras").write_text("not a model")
+    process = start(tmp_path / "text.keras")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    assert err.splitlines()[-1].startswith("robustness_eval.py: error: ")
+    assert "Traceback" not in err
+
+
+def test_killed_process_resumes(command, folder, tmp_path, monkeypatch):
+    """SIGKILL after some restarts; the same command goes on, to the same CSV."""
+    arguments = ["--n", "64", "--steps", "50", "--restarts", "20", "--eps", "2", "--step", "1"]
+    stem = "pgd-50-20-true-digits-n64-eps2-step1"
+    results = folder / "robustness"
+    partial = results / f".{stem}.partial.npz"
+    process = start(folder, *arguments)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and restarts_done(partial) < 1:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert [p.name for p in results.iterdir() if not p.name.startswith(".")] == []
+
+    resumed = start(folder, *arguments)
+    out, _ = resumed.communicate(timeout=180)
+    assert resumed.returncode == 0
+    assert "resumed" in out
+    assert not partial.exists()
+    monkeypatch.setattr(datasets, "load", REAL_LOAD)
+    assert command.main([str(folder), *arguments, "--out", str(tmp_path / "whole")]) == 0
+    whole = (tmp_path / "whole" / "net" / f"{stem}.csv").read_bytes()
+    assert (results / f"{stem}.csv").read_bytes() == whole
+
+
+def restarts_done(partial):
+    if not partial.exists():
+        return 0
+    with np.load(partial) as kept:
+        return int(kept["restarts_done"])
