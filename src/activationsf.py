@@ -237,6 +237,7 @@ class Kwta(keras.layers.Layer):
         self.initial_ratio = float(ratio)
         self.conv = conv
         self.data_format = data_format
+        self.supports_masking = True
 
     def build(self, input_shape):
         self.ratio = self.add_weight(
@@ -260,7 +261,8 @@ class Kwta(keras.layers.Layer):
         places_left = k - ops.sum(ops.cast(is_above, "int32"), axis=-1, keepdims=True)
         place = ops.cumsum(ops.cast(is_tied, "int32"), axis=-1)
         is_winner = ops.logical_or(is_above, ops.logical_and(is_tied, place <= places_left))
-        return ops.reshape(ops.where(is_winner, x, ops.zeros_like(x)), ops.shape(inputs))
+        is_kept = ops.logical_or(is_winner, ops.isnan(x))  # a diverged network shall show
+        return ops.reshape(ops.where(is_kept, x, ops.zeros_like(x)), ops.shape(inputs))
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -3,6 +3,16 @@
 Imports kernel_expansion, activationsf and fbfadvtrain; they never import it.
 """
 
+import os
+
+# XLA keeps to 256-bit vectors unless told; on processors with AVX-512, 512 bits make the compiled
+# KAFs 1.5 to 2 times faster. Elsewhere this changes nothing. XLA reads it once, before its first
+# compilation; whoever sets the same flag has the last word.
+if "xla_cpu_prefer_vector_width" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_prefer_vector_width=512"
+    ).strip()
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line that says what to do.

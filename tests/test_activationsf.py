@@ -1,0 +1,613 @@
+"""Kaf is its formula under every setting, policy and backend; Kwta keeps exactly k winners."""
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from fractions import Fraction
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import activationsf
+from activationsf import ACTIVATIONS, AnnealKwta, Kaf, Kwta, activation
+
+KERNEL_SETTINGS = [("gaussian", None), ("gaussian", 0.8), ("softplus", None), ("relu", None)]
+SETTINGS = [
+    {"kernel": kernel, "bandwidth": bandwidth, "ridge": ridge, "moving": moving}
+    for (kernel, bandwidth), ridge, moving in itertools.product(
+        KERNEL_SETTINGS, [None, "elu"], [False, True]
+    )
+    if not (kernel == "relu" and ridge)
+]
+
+
+def formula(x, alpha, d, gamma, kernel="gaussian"):
+    difference = np.asarray(x, "float64")[..., None, :] - (d if d.ndim == 2 else d[:, None])
+    kappa = {
+        "gaussian": lambda: np.exp(-gamma * difference**2),
+        "relu": lambda: np.maximum(difference, 0),
+        "softplus": lambda: np.logaddexp(0, difference),
+    }[kernel]()
+    return (alpha * kappa).sum(-2)
+
+
+def layer_formula(layer, x):
+    """The formula at a layer's weights."""
+    weights = {w.name: keras.ops.convert_to_numpy(w).astype("float64") for w in layer.weights}
+    d = weights.get("dictionary", np.linspace(-layer.boundary, layer.boundary, layer.D))
+    gamma = layer.bandwidth or 1 / (6 * (2 * layer.boundary / (layer.D - 1)) ** 2)
+    if "log_gamma" in weights:
+        gamma = np.exp(weights["log_gamma"])
+    return formula(x, weights["alpha"], d, gamma, layer.kernel)
+
+
+def normal(*shape, seed=0, dtype="float32"):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def perturb(layer, scale=0.2):
+    for i, weight in enumerate(layer.weights):
+        weight.assign(np.asarray(weight) + scale * normal(*weight.shape, seed=50 + i))
+
+
+def run_python(script, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- Kaf: the function and its gradients
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (2, 4, 3), (2, 3, 4, 3)], ids=lambda s: f"rank{len(s)}")
+@pytest.mark.parametrize("moving", [False, True], ids=["fixed", "moving"])
+@pytest.mark.parametrize("kernel", ["gaussian", "relu", "softplus"])
+def test_kaf_equals_the_formula(kernel, moving, shape):
+    layer = Kaf(D=6, kernel=kernel, moving=moving, boundary=2.5)
+    layer.build(shape)
+    perturb(layer)
+    x = 2 * normal(*shape)
+    y = layer(x)
+    assert y.shape == shape and y.dtype == "float32"
+    np.testing.assert_allclose(y, layer_formula(layer, x), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("moving", [False, True], ids=["fixed", "moving"])
+@pytest.mark.parametrize("kernel", ["gaussian", "softplus", "relu"])
+def test_every_gradient_equals_finite_differences(kernel, moving):
+    exact = Kaf(D=5, kernel=kernel, moving=moving, dtype="float64")
+    fast = Kaf(D=5, kernel=kernel, moving=moving)
+    x, upstream = 2 * normal(40, 3, dtype="float64"), normal(40, 3, seed=1, dtype="float64")
+    for layer in (exact, fast):
+        layer.build((None, 3))
+    perturb(exact)
+    fast.set_weights(exact.get_weights())
+
+    def gradients(layer):
+        x_ = tf.constant(x, layer.dtype)
+        weights = [weight.value for weight in layer.trainable_weights]
+        with tf.GradientTape() as tape:
+            tape.watch(x_)
+            y = layer(x_)
+            assert y.dtype == layer.dtype
+        return tape.gradient(y, [x_, *weights], tf.constant(upstream, layer.dtype))
+
+    in_x, *in_weights = gradients(exact)
+    assert len(in_weights) == {("gaussian", True): 3}.get((kernel, moving), 1 + moving)
+    h = 1e-6
+
+    def total(x):
+        return upstream * np.asarray(exact(tf.constant(x)))
+
+    np.testing.assert_allclose(in_x, (total(x + h) - total(x - h)) / (2 * h), atol=1e-7)
+    for weight, gradient in zip(exact.trainable_weights, in_weights, strict=True):
+        value = np.asarray(weight)
+        for index in np.ndindex(value.shape):
+            sums = []
+            for sign in (1, -1):
+                moved = value.copy()
+                moved[index] += sign * h
+                weight.assign(moved)
+                sums.append(total(x).sum())
+            weight.assign(value)
+            slope = (sums[0] - sums[1]) / (2 * h)
+            assert float(gradient[index]) == pytest.approx(slope, rel=1e-6, abs=1e-6), weight.name
+    for a, b in zip(gradients(fast), [in_x, *in_weights], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("moving", [False, True], ids=["fixed", "moving"])
+@pytest.mark.parametrize("ridge", ["relu", "elu", "swish", "tanh", keras.activations.gelu])
+def test_ridge_starts_as_its_function_in_every_channel(ridge, moving):
+    layer = Kaf(ridge=ridge, moving=moving)
+    x = np.repeat(np.linspace(-3, 3, 200, dtype="float32")[:, None], 2, axis=1)
+    np.testing.assert_allclose(layer(x), keras.activations.get(ridge)(x), atol=0.06)
+
+
+def test_the_random_start_has_the_thesis_spread():
+    layer = Kaf()
+    layer.build((None, 500))
+    assert float(np.std(layer.alpha)) == pytest.approx(0.05, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings, parameters",
+    [
+        ({}, 20 * 7),
+        ({"D": 16, "ridge": "relu"}, 16 * 7),
+        ({"moving": True}, 20 * 7 + 20 * 7 + 7),
+        ({"moving": True, "kernel": "softplus"}, 2 * 20 * 7),
+    ],
+)
+def test_kaf_counts_only_what_it_trains(settings, parameters):
+    layer = Kaf(**settings)
+    layer.build((None, 4, 4, 7))
+    assert layer.count_params() == parameters
+    assert len(layer.non_trainable_weights) == 0
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("moving", [False, True], ids=["fixed", "moving"])
+def test_mixed_precision_rounds_only_input_and_output(policy, moving):
+    mixed, full = (Kaf(ridge="relu", moving=moving, dtype=d) for d in (policy, "float32"))
+    x = tf.cast(2 * normal(300, 4), policy.removeprefix("mixed_"))
+    y = mixed(x)
+    assert y.dtype == x.dtype and mixed.alpha.dtype == "float32"
+    expected = full(tf.cast(x, "float32"))
+    one_rounding = {"mixed_float16": 2.0**-11, "mixed_bfloat16": 2.0**-8}[policy]
+    np.testing.assert_allclose(tf.cast(y, "float32"), expected, rtol=1.01 * one_rounding, atol=1e-6)
+
+
+# --- Kaf: settings, saving
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"D": 1}, "at least 2 points; received D=1"),
+        ({"D": 5.0}, "integer D"),
+        ({"boundary": 0}, "positive, finite boundary; received 0"),
+        ({"boundary": math.inf}, "positive, finite boundary"),
+        ({"boundary": math.nan}, "positive, finite boundary"),
+        ({"kernel": "cauchy"}, "gaussian, relu, softplus; received 'cauchy'"),
+        ({"bandwidth": -1}, "bandwidth must be positive"),
+        ({"bandwidth": 0}, "bandwidth must be positive"),
+        ({"bandwidth": math.nan}, "bandwidth must be positive"),
+        ({"bandwidth": 1.0, "kernel": "softplus"}, "goes with the Gaussian kernel"),
+        ({"ridge": "relu", "kernel": "relu"}, "ReLU kernel cannot start as a given function"),
+        ({"ridge": lambda t: t}, "ridge must be a function that can be saved"),
+        ({"ridge": "no_such_function"}, "received 'no_such_function'"),
+    ],
+)
+def test_bad_settings_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Kaf(**settings)
+
+
+@pytest.mark.parametrize("shape", [(None, None), (None, 8, 8, None), (3,)])
+def test_inputs_without_a_known_last_axis_are_refused(shape):
+    with pytest.raises(ValueError, match="last axis of known size; received input_shape"):
+        Kaf().build(shape)
+
+
+def test_another_channel_count_than_built_for_is_refused():
+    layer = Kaf(D=3)
+    layer(normal(2, 4))
+    with pytest.raises(ValueError, match=r"expected axis -1 of input shape to have value 4"):
+        layer(normal(2, 5))
+    with pytest.raises(ValueError, match="min_ndim=2"):
+        layer(normal(4))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def leaky_sine(x):
+    return 0.1 * x + keras.ops.sin(x)
+
+
+FULL_SETTINGS = [
+    *SETTINGS,
+    {"ridge": leaky_sine},
+    {
+        "D": 7,
+        "conv": True,
+        "boundary": 2.0,
+        "bandwidth": 1.5,
+        "alpha_initializer": keras.initializers.RandomUniform(-1, 1, seed=3),
+        "alpha_regularizer": keras.regularizers.L2(0.1),
+        "alpha_constraint": keras.constraints.MaxNorm(2.0),
+        "name": "all_of_them",
+        "dtype": "mixed_bfloat16",
+        "trainable": False,
+    },
+    {"D": np.int64(4), "bandwidth": np.float32(0.5), "boundary": np.float64(2)},
+]
+
+
+@pytest.mark.parametrize("settings", FULL_SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_a_layer_is_made_again_from_its_config(settings):
+    layer = Kaf(**settings)
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(layer)))
+    again = keras.saving.deserialize_keras_object(config)
+    assert again.get_config() == layer.get_config()
+    assert again.ridge is layer.ridge and again.trainable == layer.trainable
+    names = {"D", "conv", "ridge", "moving", "boundary", "kernel", "bandwidth"}
+    names |= {"alpha_initializer", "alpha_regularizer", "alpha_constraint"}
+    assert names <= set(layer.get_config())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved model with a Kaf of every combination of settings and a Kwta; inputs and outputs."""
+    folder = tmp_path_factory.mktemp("saved")
+    inputs = keras.Input((3,))
+    outputs = [Kaf(D=4, **settings)(inputs) for settings in SETTINGS] + [Kwta(0.5)(inputs)]
+    model = keras.Model(inputs, outputs)
+    for layer in model.layers:
+        if isinstance(layer, Kaf):
+            perturb(layer)
+    model.layers[-1].ratio.assign(0.3)
+    x = normal(5, 3)
+    model.save(folder / "model.keras")
+    np.savez(folder / "arrays.npz", x, *model(x))
+    return folder
+
+
+def test_saved_layers_of_every_setting_give_the_same_outputs(saved):
+    x, *expected = np.load(saved / "arrays.npz").values()
+    model = keras.models.load_model(saved / "model.keras")
+    for layer, a, b in zip(model.layers[1:], model(x), expected, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=str(layer.get_config()))
+        if isinstance(layer, Kaf):  # the weights were loaded, not made anew
+            np.testing.assert_allclose(a, layer_formula(layer, x), atol=1e-5)
+
+
+LOAD_AND_COMPARE = """
+    import sys
+    import keras
+    import numpy as np
+    import activationsf
+
+    folder = sys.argv[1]
+    x, *expected = np.load(folder + "/arrays.npz").values()
+    outputs = keras.models.load_model(folder + "/model.keras")(x)
+    for a, b in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(a), b, atol=2e-5)
+    print(len(outputs))
+"""
+
+
+def test_saved_layers_load_in_a_fresh_process_that_imports_the_module(saved):
+    assert int(run_python(LOAD_AND_COMPARE, saved)) == len(SETTINGS) + 1
+
+
+def test_a_registered_function_is_a_ridge_target_and_is_saved(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), Kaf(ridge=leaky_sine)])
+    x = np.linspace(-3, 3, 40, dtype="float32").reshape(-1, 2)
+    np.testing.assert_allclose(model(x), leaky_sine(x), atol=0.03)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.layers[0].ridge is leaky_sine
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
+# --- Kaf: training and Keras' conventions
+
+
+@pytest.mark.parametrize("how", ["jit", "graph", "eager"])
+@pytest.mark.parametrize("moving", [False, True], ids=["fixed", "moving"])
+def test_it_trains(how, moving):
+    layer = Kaf(D=3, moving=moving)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3), layer])
+    model.compile("sgd", "mse", jit_compile=how == "jit", run_eagerly=how == "eager")
+    before = [np.array(weight) for weight in model.trainable_weights]
+    history = model.fit(normal(7, 2), normal(7, 3, seed=1), batch_size=4, epochs=1, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    for old, weight in zip(before, model.trainable_weights, strict=True):
+        assert np.isfinite(weight).all() and not np.array_equal(old, weight), weight.path
+
+
+def test_a_trained_bandwidth_stays_positive_whatever_the_steps():
+    layer = Kaf(D=4, moving=True)
+    model = keras.Sequential([keras.Input((3,)), layer])
+    model.compile(keras.optimizers.SGD(100.0, clipnorm=0.1), "mse")  # steps of 10
+    for seed in range(3):
+        model.fit(normal(8, 3, seed=seed), normal(8, 3, seed=seed + 9), verbose=0)
+    gamma = np.asarray(layer.gamma)
+    assert (gamma > 0).all() and np.isfinite(gamma).all()
+    assert abs(np.log(gamma)).max() > 5
+
+
+def test_regulariser_and_constraint_of_alpha_apply():
+    layer = Kaf(D=4, alpha_regularizer="l2", alpha_constraint="non_neg")
+    model = keras.Sequential([keras.Input((3,)), layer])
+    assert [float(loss) for loss in model.losses] == [
+        pytest.approx(0.01 * np.square(layer.alpha).sum(), rel=1e-5)
+    ]
+    assert (np.asarray(layer.alpha) < 0).any()
+    model.compile("sgd", "mse")
+    model.fit(normal(4, 3), normal(4, 3), verbose=0)
+    assert (np.asarray(layer.alpha) >= 0).all()
+
+
+LAYERS = {"prelu": keras.layers.PReLU, "kaf": lambda: Kaf(D=3), "kwta": lambda: Kwta(0.5)}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_follows_the_conventions_of_prelu(name):
+    make = LAYERS[name]
+    assert make().supports_masking
+    assert make().compute_output_shape((None, 5, 3)) == (None, 5, 3)
+    symbolic = make()(keras.Input((4, 4, 3), dtype="float32"))
+    assert symbolic.shape == (None, 4, 4, 3) and symbolic.dtype == "float32"
+    model = keras.Sequential([keras.layers.Conv2D(2, 3), make(), keras.layers.Flatten()])
+    assert model.predict(normal(3, 6, 6, 1), verbose=0).shape == (3, 32)
+    # in TimeDistributed, a step at a time; and masks pass
+    x = normal(2, 3, 4)
+    layer = make()
+    stepped = keras.layers.TimeDistributed(layer)(x)
+    for step in range(3):
+        np.testing.assert_allclose(stepped[:, step], layer(x[:, step]), atol=1e-6)
+    masked = keras.layers.Masking()(tf.concat([x, tf.zeros((2, 1, 4))], 1))
+    mask = keras.src.backend.get_keras_mask(make()(masked))
+    np.testing.assert_array_equal(mask, [[True, True, True, False]] * 2)
+
+
+def test_kaf_works_in_a_model_of_unknown_spatial_size():
+    model = keras.Sequential([keras.Input((None, None, 2)), Kaf(D=3), Kwta(0.5)])
+    assert model.output_shape == (None, None, None, 2)
+    for size in (3, 5):
+        y = model.predict(normal(2, size, 4, 2), verbose=0)
+        assert (y != 0).sum() == 2 * size * 4
+
+
+# --- Kaf under other backends
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends_give_the_same(backend, saved, tmp_path):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    script = """
+        import sys
+        sys.modules["tensorflow"] = None  # must not be needed
+        import keras
+        import numpy as np
+        from keras import ops
+        import activationsf
+
+        def numpy(t):
+            return ops.convert_to_numpy(t)
+
+        def normal(*shape, seed):
+            return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+        def formula(layer, x, weights):
+            weights = dict(zip([w.name for w in layer.weights], weights))
+            d = weights.get("dictionary", np.linspace(-3, 3, layer.D)[:, None])
+            gamma = 1 / (6 * (6 / (layer.D - 1)) ** 2)
+            if "log_gamma" in weights:
+                gamma = np.exp(weights["log_gamma"])
+            difference = x[..., None, :] - d
+            kappa = {
+                "gaussian": lambda: np.exp(-gamma * difference**2),
+                "relu": lambda: np.maximum(difference, 0),
+                "softplus": lambda: np.logaddexp(0, difference),
+            }[layer.kernel]()
+            return (weights["alpha"] * kappa).sum(-2)
+
+        def gradients(layer, x, upstream):
+            if keras.backend.backend() == "jax":
+                import jax
+                def total(x, weights):
+                    y, _ = layer.stateless_call(weights, [], x)
+                    return (y * upstream).sum()
+                in_x, in_weights = jax.grad(total, (0, 1))(x, [w.value for w in layer.weights])
+                return [in_x, *in_weights]
+            import torch
+            x = torch.tensor(x, requires_grad=True)
+            (layer(x) * torch.tensor(upstream)).sum().backward()
+            return [x.grad, *[w.value.grad for w in layer.weights]]
+
+        for kernel in ("gaussian", "relu", "softplus"):
+            for moving in (False, True):
+                for shape in [(6, 3), (2, 4, 3), (2, 3, 4, 3)]:
+                    layer = activationsf.Kaf(D=6, kernel=kernel, moving=moving)
+                    layer.build(shape)
+                    for i, weight in enumerate(layer.weights):
+                        weight.assign(numpy(weight) + 0.2 * normal(*weight.shape, seed=i))
+                    x, upstream = 2 * normal(*shape, seed=8), normal(*shape, seed=9)
+                    arrays = [x, *[numpy(w) for w in layer.weights]]
+                    arrays = [a.astype("float64") for a in arrays]
+                    y = formula(layer, arrays[0], arrays[1:])
+                    np.testing.assert_allclose(numpy(layer(x)), y, atol=2e-5, rtol=2e-5)
+                    for i, gradient in enumerate(gradients(layer, x, upstream)):
+                        direction, h = normal(*arrays[i].shape, seed=7), 1e-6
+                        ends = []
+                        for sign in (1, -1):
+                            moved = list(arrays)
+                            moved[i] = arrays[i] + sign * h * direction
+                            ends.append((upstream * formula(layer, moved[0], moved[1:])).sum())
+                        products = numpy(gradient) * direction
+                        slope = (ends[0] - ends[1]) / (2 * h)
+                        assert abs(products.sum() - slope) < 1e-4 * abs(products).sum(), (kernel, i)
+
+        mixed = activationsf.Kaf(ridge="relu", dtype="mixed_bfloat16")
+        t = np.linspace(-3, 3, 100, dtype="float32")[:, None]
+        y = mixed(t)
+        assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
+        assert abs(numpy(ops.cast(y, "float32")) - np.maximum(t, 0)).max() < 0.08
+
+        model = keras.Sequential([
+            keras.Input((8, 8, 2)), keras.layers.Conv2D(3, 3), activationsf.Kaf(D=4, moving=True),
+            activationsf.Kwta(0.5), keras.layers.Flatten(), keras.layers.Dense(1),
+        ])
+        model.compile("sgd", "mse")
+        before = [numpy(w) + 0 for w in model.trainable_weights]
+        x, y = normal(5, 8, 8, 2, seed=0), normal(5, 1, seed=1)
+        history = model.fit(x, y, batch_size=2, verbose=0)
+        assert np.isfinite(history.history["loss"]).all()
+        assert all((a != numpy(b)).any() for a, b in zip(before, model.trainable_weights))
+        model.save(sys.argv[1] + "/model.keras")
+        again = keras.models.load_model(sys.argv[1] + "/model.keras")
+        np.testing.assert_array_equal(numpy(again(x)), numpy(model(x)))
+        assert (numpy(model.layers[2](model.layers[1](model.layers[0](x)))) != 0).sum() == 5 * 54
+        print(keras.backend.backend())
+    """
+    assert run_python(script, tmp_path, KERAS_BACKEND=backend).split()[-1] == backend
+    # what TensorFlow saved, this backend reads
+    assert int(run_python(LOAD_AND_COMPARE, saved, KERAS_BACKEND=backend)) == len(SETTINGS) + 1
+
+
+# --- Kwta
+
+
+def exact_k(ratio, size):
+    """ceil(ratio * size) for the ratio as written in decimals."""
+    return math.ceil(Fraction(str(ratio)) * size)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 100, 1000, 16384])
+def test_kwta_keeps_exactly_the_ceiling(size):
+    layer = Kwta()
+    x = np.random.default_rng(0).permutation(size).astype("float32")[None] + 1
+    layer(x)
+    for ratio in [0.01, 0.07, 0.1, 0.15, 0.2, 0.29, 0.3, 0.35, 0.5, 0.56, 0.57, 0.58, 0.7, 1.0]:
+        layer.ratio.assign(ratio)
+        k = exact_k(ratio, size)
+        np.testing.assert_array_equal(layer(x), np.where(x > size - k, x, 0))
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (3, 2, 5, 2)], ids=["dense", "4D"])
+def test_kwta_keeps_exactly_k_of_equal_values(shape):
+    for value in (1.0, -1.0):
+        y = np.asarray(Kwta(0.25)(np.full(shape, value, "float32"))).reshape(3, -1)
+        np.testing.assert_array_equal(y, [[value] * 5 + [0] * 15] * 3)
+    # ties at the threshold alone: 7 and 6 are above, two of the four 5s are left
+    x = np.array([[5, 1, 7, 5, 0, 5, 6, 5]], "float32")
+    np.testing.assert_array_equal(Kwta(0.5)(x), [[5, 0, 7, 5, 0, 0, 6, 0]])
+
+
+def test_kwta_keeps_negative_winners_and_puts_0_elsewhere():
+    y = Kwta(0.5)(np.array([[-4, -1, -3, -2], [1, -9, 3, -8]], "float32"))
+    np.testing.assert_array_equal(y, [[0, -1, 0, -2], [1, 0, 3, 0]])
+
+
+def test_kwta_chooses_over_the_whole_layer_alike_in_both_data_formats():
+    x = normal(4, 5, 6, 3)
+    last = np.asarray(Kwta(0.2)(x))
+    first = Kwta(0.2, data_format="channels_first")(x.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(np.transpose(first, (0, 2, 3, 1)), last)
+    threshold = np.sort(x.reshape(4, -1))[:, -18][:, None, None, None]
+    np.testing.assert_array_equal(last, np.where(x >= threshold, x, 0))
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_kwta_keeps_the_compute_dtype_and_the_count(dtype):
+    layer = Kwta(0.15, dtype=dtype)
+    y = layer(tf.constant(1 + normal(2, 100) ** 2))
+    assert y.dtype == layer.compute_dtype
+    np.testing.assert_array_equal(np.count_nonzero(y, axis=1), [15, 15])
+
+
+def test_the_gradient_through_kwta_is_1_on_winners_and_0_elsewhere():
+    x = tf.constant(normal(3, 20))
+    layer = Kwta(0.3)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x)
+    np.testing.assert_array_equal(tape.gradient(y, x), (np.asarray(y) != 0).astype("float32"))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"ratio": 0}, r"fraction in \(0, 1\]; received 0"),
+        ({"ratio": 1.1}, "received 1.1"),
+        ({"ratio": math.nan}, "received nan"),
+        ({"data_format": "NCHW"}, "received 'NCHW'"),
+    ],
+)
+def test_kwta_refuses_bad_settings(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Kwta(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"step": 0}, {"every": 0}, {"final": 0}, {"final": 2}])
+def test_annealing_refuses_bad_settings(settings):
+    with pytest.raises(ValueError, match="AnnealKwta needs step > 0"):
+        AnnealKwta(**settings)
+
+
+def test_annealing_lowers_the_ratio_by_a_hundredth_every_second_epoch_and_it_is_saved(tmp_path):
+    inner = keras.Sequential([keras.layers.Dense(1000), Kwta(0.3)])  # nested models too
+    model = keras.Sequential([keras.Input((2,)), inner, keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    layer, x = inner.layers[1], np.zeros((1, 2), "float32")
+    ties = np.ones((1, 1000), "float32")
+    ratios, kept = [], []
+
+    class Watch(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            ratios.append(float(layer.ratio))
+            kept.append(np.count_nonzero(layer(ties)))
+
+    model.fit(x, x[:, :1], epochs=36, verbose=0, callbacks=[AnnealKwta(), Watch()])
+    hundredths = [max(30 - epoch // 2, 15) for epoch in range(36)]
+    np.testing.assert_allclose(ratios, np.array(hundredths) / 100, atol=1e-6)
+    assert kept == [10 * h for h in hundredths]  # k stays exact along the way
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert float(loaded.layers[0].layers[1].ratio) == float(layer.ratio)
+    assert loaded.layers[0].layers[1].get_config()["ratio"] == 0.3
+    assert not layer.trainable_weights
+
+
+def test_annealing_starts_where_fine_tuning_does_and_never_raises_a_ratio():
+    model = keras.Sequential([keras.Input((10,)), Kwta(0.3), Kwta(0.1)])
+    model.compile("sgd", "mse")
+    x = np.ones((1, 10), "float32")
+    model.fit(x, x, epochs=7, verbose=0, callbacks=[AnnealKwta(step=0.02, every=3, start=3)])
+    assert [float(layer.ratio) for layer in model.layers] == pytest.approx([0.28, 0.1])
+
+
+def test_the_docstring_of_kwta_says_who_broke_it():
+    text = " ".join(Kwta.__doc__.split())
+    assert "Broken as a defence" in text and "Carlini" in text and "RobustBench" in text
+
+
+# --- activation(name)
+
+
+def test_activation_gives_a_fresh_layer_for_every_name():
+    names = "relu elu swish kaf kaf_relu kaf_elu kaf_swish kaf_free kwta".split()
+    assert list(ACTIVATIONS) == names
+    for name in names:
+        one, two = activation(name), activation(name)
+        assert isinstance(one, keras.layers.Layer) and one is not two
+    settings = {name: activation(name).get_config() for name in names}
+    assert [settings[n]["activation"] for n in names[:3]] == ["relu", "elu", "silu"]
+    kafs = [(settings[n]["ridge"], settings[n]["moving"]) for n in names[3:8]]
+    assert kafs == [(None, False), ("relu", False), ("elu", False), ("silu", False), (None, True)]
+    assert activationsf.Kwta in type(activation("kwta")).__mro__
+
+
+def test_an_unknown_activation_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'gelu'. Choose one of: relu, .*kaf_free, kwta"):
+        activation("gelu")
