@@ -46,6 +46,14 @@ def fgsm_random_start(model, loss_fn, x, y, *, epsilon, alpha, seed_generator):
     return ops.clip(x + delta, 0.0, 1.0)
 
 
+class _MeanLoss(keras.losses.Loss):
+    """A loss given by name or as a function: its mean over the batch, as keras.Model has it."""
+
+    def __init__(self, function):
+        super().__init__(name="mean_loss")
+        self.call = function
+
+
 @keras.saving.register_keras_serializable(package="robust_activations")
 class FastBetterFreeTrainedModel(keras.Model):
     """A functional Keras model whose training step is that of fast adversarial training.
@@ -90,8 +98,14 @@ class FastBetterFreeTrainedModel(keras.Model):
                 "Fast adversarial training maximises and minimises one loss; "
                 f"received loss={loss!r}. Use SparseCategoricalCrossentropy(from_logits=True)."
             )
-        self.loss_fn = keras.losses.get(loss)
+        loss_fn = keras.losses.get(loss)
+        self.loss_fn = loss_fn if isinstance(loss_fn, keras.losses.Loss) else _MeanLoss(loss_fn)
         super().compile(optimizer, loss, *args, jit_compile=jit_compile, **kwargs)
+
+    def compile_from_config(self, config):
+        # Keras leaves a loaded model uncompiled where `compile` is overridden.
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
 
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -115,7 +129,7 @@ class FastBetterFreeTrainedModel(keras.Model):
 
     @property
     def inference_model(self):
-        return keras.Model(self.inputs, self.outputs, name=self.name)
+        return keras.Model(self.input, self.output, name=self.name)
 
     def get_config(self):
         return {
@@ -132,7 +146,7 @@ class FastBetterFreeTrainedModel(keras.Model):
         model = keras.saving.deserialize_keras_object(
             config.pop("model"), custom_objects=custom_objects
         )
-        return cls(model.inputs, model.outputs, **config)
+        return cls(model.input, model.output, **config)
 
 
 def pgd(model, loss_fn, x, y, *, start, epsilon, alpha, steps):
@@ -147,13 +161,15 @@ def pgd(model, loss_fn, x, y, *, start, epsilon, alpha, steps):
     Returns:
         x_adv (B, H, W, C) with |x_adv - x| <= epsilon, in [0, 1].
     """
-    x_adv = start
-    for _ in tf.range(steps):
+
+    def step(x_adv):
         gradient = input_gradient(model, loss_fn, x_adv, y, training=False)
         x_adv = x_adv + alpha * ops.sign(gradient)
         x_adv = ops.clip(x_adv, x - epsilon, x + epsilon)
-        x_adv = ops.clip(x_adv, 0.0, 1.0)
-    return x_adv
+        return ops.clip(x_adv, 0.0, 1.0)
+
+    # keras.ops: a loop in the graph rather than `steps` copies of the model
+    return ops.fori_loop(0, steps, lambda _, x_adv: step(x_adv), start)
 
 
 class RobustnessProbe(keras.callbacks.Callback):

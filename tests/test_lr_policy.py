@@ -9,6 +9,7 @@ from keras import ops
 
 from experiments import InputError
 from experiments.lr_policy import LRFinder, LRFinderResult, TriangularCycle
+from fbfadvtrain import FastBetterFreeTrainedModel
 
 matplotlib.use("Agg")
 
@@ -244,6 +245,27 @@ def test_a_custom_train_step_is_the_one_that_runs():
     assert len(set(result.losses)) > 6  # a fresh random start for each batch
     np.testing.assert_array_equal(seed_before, ops.convert_to_numpy(model.seed_generator.state))
     assert all(map(np.array_equal, weights, model.get_weights()))
+
+
+def test_the_adversarial_trainer_is_tested_with_its_own_loss_and_put_back():
+    inputs = keras.Input((6,))
+    x = keras.layers.BatchNormalization()(keras.layers.Dense(8)(inputs))
+    outputs = keras.layers.Dense(3, kernel_regularizer=keras.regularizers.L2(10.0))(x)
+    model = FastBetterFreeTrainedModel(inputs, outputs, seed=1)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss)
+    data = (np.random.default_rng(0).uniform(size=(40, 6)).astype(np.float32), DATA[1])
+    before = {v.path: ops.convert_to_numpy(v).copy() for v in model.variables}
+    losses = LRFinder(model).find(*data, steps=6, batch_size=40, min_lr=1e-6, max_lr=2e-6).losses
+    # At such rates the weights hardly change: the starts alone make the losses differ.
+    clean = float(loss(data[1], model(data[0], training=True)))
+    assert len(set(losses)) > 3
+    assert (losses > clean).all() and (losses < clean + 1).all()  # without the regulariser
+    for variable in model.variables:
+        if "moving" not in variable.path:  # updated by the call above
+            np.testing.assert_array_equal(before[variable.path], ops.convert_to_numpy(variable))
+    assert any("seed_generator" in path for path in before)
+    assert int(model.optimizer.iterations) == 0
 
 
 def test_mixed_precision_with_loss_scaling_works_and_is_put_back():

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
@@ -25,6 +26,7 @@ from activationsf import ACTIVATIONS
 from experiments import InputError
 from experiments.architectures import build
 from experiments.datasets import DATASETS, batches, fingerprint, is_augmentable, load
+from experiments.fused_layers import fused
 from experiments.lr_policy import TriangularCycle
 from experiments.results import hardware, make_writable, versions, write_atomically
 from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe
@@ -80,7 +82,9 @@ class TrainConfig:
     def check(self):
         """Raises InputError for settings that cannot be trained."""
         if self.dataset not in DATASETS:
-            raise InputError(f"Unknown dataset {self.dataset!r}: {', '.join(DATASETS)}.")
+            raise InputError(
+                f"Unknown dataset {self.dataset!r}. Choose one of: {', '.join(DATASETS)}."
+            )
         if self.activation not in ACTIVATIONS:
             raise InputError(
                 f"Unknown activation {self.activation!r}. Choose one of: {', '.join(ACTIVATIONS)}."
@@ -94,20 +98,25 @@ class TrainConfig:
                 "epsilon and alpha lie between 0 and 255 (in 255ths); "
                 f"received {self.epsilon * 255:g} and {self.alpha * 255:g}."
             )
-        if not (0 <= self.momentum < 1 and self.l2 >= 0 and self.seed >= 0):
+        if not (0 <= self.momentum < 1 and 0 <= self.l2 < math.inf and 0 <= self.seed < 2**31):
             raise InputError(
-                "momentum lies in [0, 1), l2 and seed are not negative; received "
+                "momentum lies in [0, 1), l2 is not negative, seed lies in [0, 2**31); received "
                 f"momentum={self.momentum}, l2={self.l2}, seed={self.seed}."
             )
 
 
-def build_trained_model(config, steps):
-    """The network under fast adversarial training, compiled; `steps` batches in all."""
+def build_network(config):
+    """The network to be trained, of Keras' own layers (and Kaf)."""
     kwargs = {"l2": config.l2} if config.architecture.startswith("resnet") else {}
-    network = build(config.architecture, config.activation, **kwargs)
+    return build(config.architecture, config.activation, **kwargs)
+
+
+def build_trainer(network, config, steps):
+    """A fast twin of `network` under fast adversarial training, compiled; `steps` batches."""
+    twin = fused(network)
     model = FastBetterFreeTrainedModel(
-        network.inputs,
-        network.outputs,
+        twin.input,
+        twin.output,
         eps=config.epsilon,
         alpha=config.alpha,
         seed=config.seed,
@@ -144,7 +153,7 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
     """
     config.check()
     folder = ModelFolder(out)
-    finished = folder.open(config, force=force)
+    finished = None if force else folder.finished_run(config)
     if finished:
         print(f"{out} is already trained with these settings; --force trains it anew.")
         return finished
@@ -154,8 +163,10 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
     (x, y), (x_val, y_val), _ = load(config.dataset, data_dir)
     x, y = x[: config.train_n], y[: config.train_n]
     steps_per_epoch = math.ceil(len(x) / config.batch_size)
-    model = build_trained_model(config, config.epochs * steps_per_epoch)
+    network = build_network(config)
+    model = build_trainer(network, config, config.epochs * steps_per_epoch)
 
+    folder.start(config, force=force)  # from here on, whatever could be refused has been
     checkpoint = Checkpoint(folder.checkpoint, model)
     first_epoch = len(checkpoint.history)
     if first_epoch:
@@ -181,7 +192,7 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
             shuffle=False,  # batches() has shuffled
             verbose=verbose,
         )
-    network = model.inference_model
+    network.set_weights(model.get_weights())
     # One pass over the validation images: the accuracy of the weights that are saved.
     logits = network.predict(x_val, batch_size=config.batch_size, verbose=0)
     record = {
@@ -214,29 +225,44 @@ class ModelFolder:
     def __init__(self, path):
         self.path = Path(path)
         self.record = self.path / "training.json"
+        self.model = self.path / "model.keras"
         self.unfinished = self.path / "unfinished"
         self.settings = self.unfinished / "settings.json"
         self.checkpoint = self.unfinished / "checkpoint.npz"
 
-    def open(self, config, *, force):
-        """The record of a finished run of these settings, or None when there is work to do."""
+    def check(self):
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--out must be a folder; {self.path} is a file. Name another.")
-        if force:
-            for path in (self.record, *self.path.glob("model.keras*"), self.path / "history.csv"):
-                path.unlink(missing_ok=True)
-            for folder in (self.unfinished, self.path / "robustness"):
-                shutil.rmtree(folder, ignore_errors=True)  # figures of other weights
-        finished = read_json(self.record) if self.record.exists() else None
-        if finished:
-            self._refuse_other_settings(finished["settings"], config)
+
+    def finished_run(self, config):
+        """The record of a finished run of these settings, or None when there is work to do."""
+        self.check()
+        if self.record.exists():
+            finished = read_json(self.record)
+            self._refuse_other_settings(finished.get("settings", {}), config)
             shutil.rmtree(self.unfinished, ignore_errors=True)
             return finished
         if self.settings.exists():
             self._refuse_other_settings(read_json(self.settings), config)
+        elif self.model.exists():
+            raise InputError(
+                f"{self.path} holds a model.keras without training.json. "
+                "Name another --out, or --force to replace it."
+            )
+        return None
+
+    def start(self, config, *, force):
+        """Makes the folder ready for a run of these settings, new or resumed."""
+        self.check()
+        if force:
+            # robustness/ holds figures of the old weights: it must not outlive them.
+            for folder in (self.path / "robustness", self.unfinished):
+                if folder.exists():
+                    shutil.rmtree(folder)
+            for path in (self.record, self.model, self.path / "history.csv"):
+                path.unlink(missing_ok=True)
         make_writable(self.unfinished)
         write_json(self.settings, asdict(config))
-        return None
 
     def _refuse_other_settings(self, settings, config):
         # Settings go through JSON so that both sides have the same types.
@@ -254,15 +280,16 @@ class ModelFolder:
 
     def finish(self, network, history, record):
         """Writes everything; training.json, whose presence says finished, comes last."""
-        model_path = self.path / "model.keras"
-        partial = self.path / "unfinished" / "model.keras"
+        partial = self.unfinished / "model.keras"
         network.save(partial)
-        os.replace(partial, model_path)
+        os.replace(partial, self.model)
         partial = self.unfinished / "history.csv"
         pd.DataFrame(history).to_csv(partial, index=False)
         os.replace(partial, self.path / "history.csv")
-        record["model_sha256"] = hashlib.sha256(model_path.read_bytes()).hexdigest()
-        write_json(self.record, record)
+        record["model_sha256"] = hashlib.sha256(self.model.read_bytes()).hexdigest()
+        partial = self.unfinished / "training.json"
+        write_json(partial, record)
+        os.replace(partial, self.record)
         shutil.rmtree(self.unfinished)
         return record
 
@@ -286,10 +313,16 @@ class Checkpoint(keras.callbacks.Callback):
         self.history = []
         self.stopped = None
         if self.path.exists():
-            with np.load(self.path) as stored:
-                state = json.loads(str(stored["state"]))
-                for index, variable in enumerate(self._variables(model)):
-                    variable.assign(stored[f"variable_{index}"])
+            try:
+                with np.load(self.path) as stored:
+                    state = json.loads(str(stored["state"]))
+                    for index, variable in enumerate(self._variables(model)):
+                        variable.assign(stored[f"variable_{index}"])
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                raise InputError(
+                    f"{self.path} is not a checkpoint of this network "
+                    f"({type(error).__name__}); --force to start anew."
+                ) from error
             self.history, self.stopped = state["history"], state["stopped"]
 
     @staticmethod
@@ -302,19 +335,22 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch, **{k: float(v) for k, v in logs.items()}}
-        if not math.isfinite(row["loss"]):
+        variables = {
+            f"variable_{i}": keras.ops.convert_to_numpy(v)
+            for i, v in enumerate(self._variables(self.model))
+        }
+        # The last batch of an epoch can spoil the weights without a trace in the loss.
+        is_finite = all(np.isfinite(v).all() for v in variables.values())
+        if not (math.isfinite(row["loss"]) and is_finite):
             raise InputError(
-                f"The loss became {row['loss']} in epoch {epoch + 1}. Lower --lr-max; started "
-                "again with the same command, the run resumes before this epoch."
+                f"The training diverged in epoch {epoch + 1} (loss {row['loss']:.4g}): the loss or "
+                "the weights are no longer finite. Start anew with a lower --lr-max and --force; "
+                "until then the checkpoint of the epoch before is kept."
             )
         row["learning_rate"] = float(self.model.optimizer.learning_rate)
         row["seconds"] = round(time.perf_counter() - self.started, 2)
         self.history.append(row)
         self.stopped = epoch if self.model.stop_training else None
-        variables = {
-            f"variable_{i}": keras.ops.convert_to_numpy(v)
-            for i, v in enumerate(self._variables(self.model))
-        }
         state = json.dumps({"history": self.history, "stopped": self.stopped})
         partial = self.path.with_suffix(".part")
         with open(partial, "wb") as file:
@@ -327,7 +363,13 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 def read_json(path):
-    return json.loads(Path(path).read_text())
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}); --force to start anew."
+        ) from error
+    return content if isinstance(content, dict) else {}
 
 
 def write_json(path, value):

@@ -1,0 +1,434 @@
+"""A training run leaves a complete model folder, whatever interrupts it on the way."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from tensorflow.python.framework.config import disable_op_determinism
+
+from activationsf import activation as activation_layer
+from experiments import InputError, train
+from experiments.datasets import load
+from fbfadvtrain import RobustnessProbe
+
+TINY = {"dataset": "digits", "architecture": "light_cnn", "train_n": 64, "batch_size": 32}
+COLUMNS = [
+    "epoch", "accuracy", "loss", "probe_clean", "probe_fgsm", "probe_pgd", "learning_rate",
+    "seconds",
+]  # fmt: skip
+
+
+def config(**settings):
+    return train.TrainConfig(**(TINY | {"activation": "relu", "epochs": 2} | settings))
+
+
+def command_line(settings, out, *more):
+    options = []
+    for name, value in settings.items():
+        options += [f"--{name.replace('_', '-')}", str(value)]
+    return [*options, "--out", str(out), *more]
+
+
+def tiny_network(name, activation, **kwargs):
+    inputs = keras.Input((32, 32, 3))
+    x = keras.layers.Conv2D(4, 3)(keras.layers.AveragePooling2D(4)(inputs))
+    x = keras.layers.BatchNormalization()(x)
+    x = activation_layer(activation)(x)
+    x = keras.layers.Dropout(0.2)(keras.layers.Flatten()(x))
+    return keras.Model(inputs, keras.layers.Dense(10)(x), name=name)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(train, "build", tiny_network)
+    monkeypatch.setattr(train, "PROBE_IMAGES", 16)
+
+
+@pytest.fixture
+def deterministic():
+    yield
+    disable_op_determinism()
+
+
+def history_of(folder):
+    return pd.read_csv(folder / "history.csv").drop(columns="seconds")
+
+
+def weights_of(folder):
+    return keras.models.load_model(folder / "model.keras").get_weights()
+
+
+def assert_same_result(folder, other):
+    pd.testing.assert_frame_equal(history_of(folder), history_of(other), check_exact=True)
+    for ours, theirs in zip(weights_of(folder), weights_of(other), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    records = [json.loads((f / "training.json").read_text()) for f in (folder, other)]
+    for key in ("settings", "results", "dataset"):
+        assert records[0][key] == records[1][key]
+
+
+def files(folder):
+    return {
+        p.relative_to(folder).as_posix(): (p.stat().st_mtime_ns, p.is_file() and p.read_bytes())
+        for p in folder.rglob("*")
+    }
+
+
+# --- settings
+
+
+def test_recipes_are_those_of_the_reference():
+    assert train.recipe("thesis", "resnet20", "kaf") == {
+        "lr_min": 0.01, "lr_max": 0.8, "momentum": 0.0, "l2": 5e-4,
+    }  # fmt: skip
+    bounds = {
+        name: (settings["lr_min"], settings["lr_max"])
+        for name in ("relu", "elu", "kaf", "kaf_elu", "swish", "kaf_swish", "kaf_free")
+        for settings in [train.recipe("thesis", "vgg", name)]
+    }
+    assert bounds == {
+        "relu": (0.0001, 0.08),
+        "elu": (0.0001, 0.1),
+        "kaf": (0.01, 1),
+        "kaf_elu": (0.0001, 0.1),
+        "swish": (0.0001, 0.3),
+        "kaf_swish": (0.0001, 0.8),
+        "kaf_free": (0.01, 2),
+    }
+    fast = train.recipe("fast", "resnet20", "kaf")
+    assert fast["momentum"] == 0.9 and fast["lr_max"] < 0.8
+
+
+def test_the_command_line_defaults_to_the_settings_defaults():
+    assert train.config_of(train.parse(["--out", "x"])) == train.TrainConfig()
+
+
+def test_options_override_the_recipe_and_255ths_are_converted_once():
+    arguments = "--out x --recipe thesis --lr-max 0.5 --l2 0 --epsilon 4".split()
+    settings = train.config_of(train.parse(arguments))
+    assert (settings.lr_min, settings.lr_max, settings.momentum) == (0.01, 0.5, 0.0)
+    assert settings.l2 == 0
+    assert settings.epsilon == 4 / 255 and settings.alpha == 5 / 255
+    settings = train.config_of(train.parse([*arguments, "--alpha", "2"]))
+    assert settings.alpha == 2 / 255
+
+
+# --- a whole run
+
+
+@pytest.mark.parametrize("activation", ["relu", "kaf"])
+def test_a_run_leaves_a_complete_model_folder(activation, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PROBE_IMAGES", 16)
+    if activation == "kaf":  # relu in the real network
+        monkeypatch.setattr(train, "build", tiny_network)
+    out = tmp_path / "models" / "net"
+    record = train.train(config(activation=activation), out, verbose=0)
+    assert {p.name for p in out.iterdir()} == {"model.keras", "training.json", "history.csv"}
+    assert record == json.loads((out / "training.json").read_text())
+    model_bytes = (out / "model.keras").read_bytes()
+    assert record["model_sha256"] == hashlib.sha256(model_bytes).hexdigest()
+    assert record["settings"]["epsilon"] == 8 / 255
+    assert record["versions"]["keras"] == keras.__version__ and record["hardware"]
+    assert record["dataset"]["train_n"] == 64
+
+    history = pd.read_csv(out / "history.csv")
+    assert list(history["epoch"]) == [0, 1] and set(history) == set(COLUMNS)
+    # The end of the triangular cycle, in batches: 4 in all.
+    np.testing.assert_allclose(history["learning_rate"], [0.2, 0.002], rtol=1e-5)
+
+    model = keras.models.load_model(out / "model.keras")
+    assert type(model) is type(keras.Model(model.input, model.output))
+    assert all(layer.__class__.__module__ != "experiments.fused_layers" for layer in model.layers)
+    x, y = load("digits")[1]
+    accuracy = np.mean(np.argmax(model.predict(x, verbose=0), axis=-1) == y)
+    results = record["results"]
+    assert results["validation_clean"] == accuracy and results["validation_n"] == 180
+    assert results["parameters"] == model.count_params()
+    assert results["probe_pgd"] == history["probe_pgd"].iloc[-1] and results["probe_n"] == 16
+    assert results["epochs_trained"] == 2
+    assert results["catastrophic_overfitting_in_epoch"] is None
+
+
+def test_a_finished_folder_is_left_alone_unless_forced(tiny, tmp_path, capsys):
+    arguments = command_line(TINY | {"activation": "relu", "epochs": 1}, tmp_path)
+    assert train.main(arguments) == 0
+    (tmp_path / "robustness").mkdir()
+    (tmp_path / "robustness" / "pgd.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = files(tmp_path)
+    capsys.readouterr()
+    assert train.main(arguments) == 0
+    assert "already trained" in capsys.readouterr().out
+    assert files(tmp_path) == before
+
+    other = [*arguments, "--seed", "3", "--epsilon", "4"]
+    assert train.main(other) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "seed: there 0, asked 3" in error
+    assert "epsilon: there" in error and "alpha: there" in error and "lr_max" not in error
+    assert train.main([*arguments, "--epochs", "0", "--force"]) == 2
+    assert train.main([*arguments, "--lr-min", "9", "--force"]) == 2
+    assert files(tmp_path) == before  # not even --force removes anything for a refused run
+
+    assert train.main([*other, "--force"]) == 0
+    assert json.loads((tmp_path / "training.json").read_text())["settings"]["seed"] == 3
+    names = {"model.keras", "training.json", "history.csv", "notes.txt"}  # no robustness
+    assert set(files(tmp_path)) == names
+
+
+def test_an_unfinished_run_of_other_settings_or_a_foreign_model_is_refused(tmp_path):
+    folder = train.ModelFolder(tmp_path)
+    folder.start(config(seed=1), force=False)
+    with pytest.raises(InputError, match="seed: there 1, asked 2"):
+        train.train(config(seed=2), tmp_path)
+    folder.settings.unlink()
+    (tmp_path / "model.keras").write_text("mine")
+    with pytest.raises(InputError, match=r"model\.keras without training\.json"):
+        train.train(config(), tmp_path)
+    (tmp_path / "training.json").write_text('{"settings": ')
+    with pytest.raises(InputError, match="cannot be read"):
+        train.train(config(), tmp_path)
+    assert (tmp_path / "model.keras").read_text() == "mine"
+
+
+# --- interruptions
+
+
+def build_trainer(seed):
+    keras.utils.set_random_seed(seed)
+    settings = config(seed=seed)
+    return train.build_trainer(train.build_network(settings), settings, 10)
+
+
+def test_a_checkpoint_holds_every_variable(tiny, tmp_path):
+    model = build_trainer(0)
+    x, y = np.random.default_rng(0).uniform(size=(40, 32, 32, 3)).astype("float32"), np.arange(40)
+    checkpoint = train.Checkpoint(tmp_path / "checkpoint.npz", model)
+    model.fit(x, y % 10, verbose=0, callbacks=[checkpoint])
+    other = build_trainer(1)
+    restored = train.Checkpoint(tmp_path / "checkpoint.npz", other)
+    assert restored.history == checkpoint.history and len(restored.history) == 1
+    names = []
+    variables = [[*m.variables, *m.optimizer.variables] for m in (model, other)]
+    for ours, theirs in zip(*variables, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+        names.append(ours.path)
+    assert sum("seed_generator" in name for name in names) == 2  # the starts', dropout's
+    for word in ("momentum", "iteration", "moving_mean", "kernel"):
+        assert any(word in name for name in names), names
+    assert int(other.optimizer.iterations) == 2
+
+
+def test_a_run_interrupted_at_every_awkward_moment_ends_the_same(
+    tiny, deterministic, tmp_path, monkeypatch
+):
+    settings = config(epochs=3, deterministic=True)
+    straight, out = tmp_path / "straight", tmp_path / "interrupted"
+    train.train(settings, straight, verbose=0)
+
+    def interrupted(module, name, moment, error=KeyboardInterrupt):
+        """One call of train that ends when `name` is called with arguments that `moment` picks."""
+        real = getattr(module, name, None)
+
+        def replacement(*args, **kwargs):
+            if moment(*args):
+                raise error
+            return real(*args, **kwargs) if real else None
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, replacement, raising=False)
+            with pytest.raises(error):
+                train.train(settings, out, verbose=0)
+
+    def ends_in(name):
+        return lambda source, target: os.fspath(target).endswith(name)
+
+    def epochs_kept():
+        with np.load(out / "unfinished" / "checkpoint.npz") as stored:
+            return len(json.loads(str(stored["state"]))["history"])
+
+    batches = []
+
+    def is_third_batch(*args):
+        batches.append(args)
+        return len(batches) == 3
+
+    # in the middle of epoch 2; callbacks of Keras have one such method for each batch
+    interrupted(train.Checkpoint, "on_train_batch_end", is_third_batch, SystemExit)
+    assert epochs_kept() == 1
+    # epoch 2 is trained and its checkpoint written, but not yet in its place
+    interrupted(os, "replace", ends_in("checkpoint.npz"))
+    assert epochs_kept() == 1 and (out / "unfinished" / "checkpoint.part").exists()
+    # all is trained; one file after the other takes its place
+    for name in ("model.keras", "history.csv", "training.json"):
+        interrupted(os, "replace", ends_in(name))
+        assert epochs_kept() == 3 and not (out / "training.json").exists()
+    interrupted(train.shutil, "rmtree", lambda path, *_, **__: Path(path).name == "unfinished")
+    assert (out / "training.json").exists() and (out / "unfinished").exists()
+
+    train.train(settings, out, verbose=0)
+    assert set(files(out)) == {"model.keras", "training.json", "history.csv"}
+    assert_same_result(out, straight)
+
+
+def test_killed_and_started_again_a_run_ends_as_if_nothing_had_happened(
+    tiny, deterministic, tmp_path
+):
+    settings = TINY | {"activation": "relu", "epochs": 4, "seed": 1}
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    # As python -m experiments.train, with the tiny network and a shorter probe.
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_train import tiny_network, train
+train.build, train.PROBE_IMAGES = tiny_network, 16
+sys.exit(train.main())
+"""
+    command = [sys.executable, "-c", script, *command_line(settings, killed, "--deterministic")]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        checkpoint, deadline = killed / "unfinished" / "checkpoint.npz", time.monotonic() + 120
+        while not checkpoint.exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (killed / "training.json").exists()
+
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "Resuming" in result.stdout and "of 4." in result.stdout
+
+    assert train.main(command_line(settings, straight, "--deterministic")) == 0
+    assert len(history_of(straight)) == 4
+    assert_same_result(killed, straight)
+
+
+def test_catastrophic_overfitting_ends_the_run_with_the_good_weights(tiny, tmp_path, monkeypatch):
+    script = iter([(0.4, 0.3), (0.9, 0.1)])
+
+    def accuracies(self):
+        fgsm, pgd = next(script)
+        return {"probe_clean": 0.9, "probe_fgsm": fgsm, "probe_pgd": pgd}
+
+    monkeypatch.setattr(RobustnessProbe, "accuracies", accuracies)
+    weights = []
+    monkeypatch.setattr(
+        RobustnessProbe,
+        "on_epoch_begin",
+        lambda self, epoch, logs=None: weights.append(self.model.get_weights()),
+    )
+    monkeypatch.setattr(train, "write_json", interrupt_record(train.write_json))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(epochs=5), tmp_path, verbose=0)
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "build", tiny_network)
+    record = train.train(config(epochs=5), tmp_path, verbose=0)  # resumed: nothing left to train
+    results = record["results"]
+    assert results["catastrophic_overfitting_in_epoch"] == 1 and results["epochs_trained"] == 2
+    assert results["probe_pgd"] == 0.3  # of the weights that are saved
+    assert list(pd.read_csv(tmp_path / "history.csv")["probe_pgd"]) == [0.3, 0.1]
+    for ours, theirs in zip(weights_of(tmp_path), weights[1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def interrupt_record(write_json):
+    def interrupted(path, value):
+        if path.name == "training.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    return interrupted
+
+
+def test_a_diverging_run_stops_and_keeps_the_epoch_before(tiny, tmp_path, capsys):
+    # One batch per epoch; the first has rate 0.
+    settings = TINY | {"train_n": 32, "activation": "relu", "epochs": 4}
+    arguments = command_line(settings | {"lr_min": 0, "lr_max": 3e38}, tmp_path)
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--lr-max" in error
+    epoch = int(re.search(r"diverged in epoch (\d)", error)[1])
+    assert epoch > 1
+    assert {p.name for p in tmp_path.iterdir()} == {"unfinished"}
+    model = build_trainer(0)
+    checkpoint = train.Checkpoint(tmp_path / "unfinished" / "checkpoint.npz", model)
+    assert len(checkpoint.history) == epoch - 1
+    assert all(np.isfinite(weight).all() for weight in model.get_weights())
+
+    (tmp_path / "unfinished" / "checkpoint.npz").write_bytes(b"PK\x03\x04 torn")
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "not a checkpoint" in error and "--force" in error
+
+
+def test_weights_that_are_not_finite_are_never_kept(tiny, tmp_path):
+    model = build_trainer(0)
+    checkpoint = train.Checkpoint(tmp_path / "checkpoint.npz", model)
+    checkpoint.set_model(model)
+    checkpoint.on_epoch_begin(0)
+    model.layers[-1].bias.assign(np.full(10, np.inf))
+    with pytest.raises(InputError, match="diverged in epoch 1"):
+        checkpoint.on_epoch_end(0, {"loss": 2.3})  # the loss of the batch before
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--dataset mnist", "Unknown dataset 'mnist'"),
+        ("--activation tanhh", "Unknown activation 'tanhh'"),
+        ("--architecture resnet21", "Unknown architecture 'resnet21'"),
+        ("--recipe slow", "Unknown recipe 'slow'"),
+        ("--epochs 0", "epochs must be at least 1"),
+        ("--batch-size 0", "batch_size must be at least 1"),
+        ("--train-n 0", "train_n must be at least 1"),
+        ("--epsilon -8", "between 0 and 255"),
+        ("--epsilon 300", "between 0 and 255"),
+        ("--epsilon nan", "between 0 and 255"),
+        ("--alpha -1", "between 0 and 255"),
+        ("--lr-min 0.5 --lr-max 0.1", "min_lr=0.5, max_lr=0.1"),
+        ("--lr-max nan", "max_lr=nan"),
+        ("--momentum 1", "momentum lies in"),
+        ("--l2 -1", "l2 is not negative"),
+        ("--seed -1", "seed lies in"),
+        ("--seed 2147483648", "seed lies in"),
+        ("--dataset cifar10 --data-dir /nowhere", "--data-dir must name"),
+    ],
+)
+def test_a_refused_run_says_why_and_leaves_nothing(options, said, tmp_path, capsys):
+    out = tmp_path / "models" / "net"
+    arguments = command_line(TINY | {"activation": "relu"}, out, *options.split())
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out, said in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "net", "cannot write"),
+    ):
+        assert train.main(command_line(TINY | {"activation": "relu"}, out)) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and said in error
+    assert (tmp_path / "file").read_text() == "mine"
