@@ -1,0 +1,786 @@
+"""Every plot and table of the study, each drawn from result files or a model.
+
+    python -m experiments.figures scatter models/* --out imgs/scatter.png
+    python -m experiments.figures curves models/* --out imgs/curves.png
+    python -m experiments.figures shapes models/NAME --out imgs/kaf_shapes.png
+    python -m experiments.figures table models/* --into README.md
+
+Accuracies are fractions in files and code, percent in figures. One colour per activation, the same
+everywhere; where colours alone might not be told apart, marker, line style or a label says it too.
+"""
+
+import argparse
+import json
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.lines import Line2D
+
+from experiments import InputError
+from experiments.results import make_writable, read_results, write_atomically
+
+# Okabe & Ito 2008, and wine and grey of Tol 2021: told apart by colour-blind readers.
+ACTIVATION_COLORS = {
+    "relu": "#000000",
+    "elu": "#E69F00",
+    "swish": "#0072B2",
+    "kaf": "#D55E00",
+    "kaf_relu": "#CC79A7",
+    "kaf_elu": "#009E73",
+    "kaf_swish": "#56B4E9",
+    "kaf_free": "#882255",
+    "kwta": "#999999",
+}
+ACTIVATION_LABELS = {
+    "relu": "ReLU",
+    "elu": "ELU",
+    "swish": "Swish",
+    "kaf": "KAF",
+    "kaf_relu": "KAF_ReLU",
+    "kaf_elu": "KAF_ELU",
+    "kaf_swish": "KAF_Swish",
+    "kaf_free": "KAF_Free",
+    "kwta": "k-WTA",
+}
+OTHER_COLOR = "#666666"  # a model whose activation is not known
+TABLE_START, TABLE_END = "<!-- table -->", "<!-- /table -->"
+
+
+# --------------------------------------------------------------------------- models and results
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A finished model folder: its training.json, and its history when it is asked for."""
+
+    folder: Path
+    record: dict
+
+    @property
+    def settings(self):
+        return self.record["settings"]
+
+    @property
+    def activation(self):
+        return self.settings["activation"]
+
+    @cached_property
+    def history(self):
+        try:
+            return pd.read_csv(self.folder / "history.csv")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.folder}/history.csv cannot be read ({error})") from None
+
+
+def trained_models(*folders):
+    """The finished model folders among and below `folders`, in the order of the activations."""
+    models = []
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise InputError(f"{str(folder)!r} is not a folder; give model folders, or models/")
+        for path in Path(folder).rglob("training.json"):
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+                record["settings"]["activation"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise InputError(f"{str(path)!r} cannot be read as a training record") from None
+            models.append(TrainedModel(path.parent, record))
+    models = {model.folder.resolve(): model for model in models}.values()
+    return sorted(models, key=_order)
+
+
+def _order(model):
+    known = list(ACTIVATION_COLORS)
+    place = known.index(model.activation) if model.activation in known else len(known)
+    s = model.settings
+    return (str(s.get("dataset")), str(s.get("architecture")), place, model.folder.name)
+
+
+def model_labels(models):
+    """A short name for each model, {folder: name}: its activation, and whatever else differs."""
+    labels = {}
+    for model in models:
+        label = ACTIVATION_LABELS.get(model.activation, model.activation)
+        for setting in ("dataset", "architecture", "epochs", "seed"):
+            values = {str(other.settings.get(setting)) for other in models}
+            if len(values) > 1:
+                value = model.settings.get(setting)
+                label += f", {value}" if isinstance(value, str) else f", {setting} {value}"
+        labels[model.folder] = label
+    for folder, label in labels.copy().items():
+        if list(labels.values()).count(label) > 1:
+            labels[folder] = f"{label}, {folder.name}"
+    return labels
+
+
+def activation_of(label):
+    """The activation that a label names before its first comma ("KAF_ELU, seed 1"), or None."""
+    name = label.split(",")[0].strip().lower().replace("-", "")
+    return name if name in ACTIVATION_COLORS else None
+
+
+def color_of(label):
+    return ACTIVATION_COLORS.get(activation_of(label), OTHER_COLOR)
+
+
+def _is_kaf(label):
+    return (activation_of(label) or "").startswith("kaf")
+
+
+def with_training(results):
+    """`read_results` with three more columns: label, activation, training (a TrainedModel or None).
+
+    Refuses results that belong to other weights than the folder now holds.
+    """
+    models = {}
+    for folder in dict.fromkeys(results["folder"]):
+        if (Path(folder) / "training.json").exists():
+            models[folder] = trained_models(folder)[0]
+    for row in results.itertuples():
+        model = models.get(row.folder)
+        expected = model and model.record.get("model_sha256")
+        if expected and row.model_sha256 and row.model_sha256 != expected:
+            raise InputError(
+                f"{row.path} was made with other weights than {row.folder} holds now; "
+                "evaluate the model again with --force"
+            )
+    labels = model_labels(list(models.values()))
+    return results.assign(
+        label=[
+            labels[models[r.folder].folder] if r.folder in models else r.model or r.folder
+            for r in results.itertuples()
+        ],
+        activation=[models[f].activation if f in models else None for f in results["folder"]],
+        training=[models.get(folder) for folder in results["folder"]],
+    )
+
+
+def _one_protocol(results, labels, protocol):
+    """The rows of one label protocol and one result-file name."""
+    rows = results[results["labels"] == labels]
+    rows = rows.assign(stem=[Path(path).stem for path in rows["path"]])
+    names = sorted(set(rows["stem"]))
+    if protocol is not None:
+        rows = rows[rows["stem"] == protocol]
+    elif len(names) > 1:
+        raise InputError(
+            f"the results hold several protocols ({', '.join(names)}); choose one with --protocol"
+        )
+    if rows.empty:
+        raise InputError(
+            f"no results with {labels} labels"
+            + (f" named {protocol!r} (there are: {', '.join(names) or 'none'})" if protocol else "")
+            + "; make them with robustness_eval.py"
+        )
+    return rows
+
+
+# --------------------------------------------------------------------------- accuracy, robustness
+
+
+def accuracy_robustness_scatter(results, labels="true", ax=None, *, protocol=None):
+    """Clean accuracy (x) against accuracy under attack (y), percent, one point for each model.
+
+    Error bars are one binomial standard error. With true labels an image that is robust is also
+    correct, so a point above the diagonal is impossible: it is ringed, and warned of.
+
+    Args:
+        results: of `experiments.results.read_results`.
+        labels: "true", or "predicted" to draw what is not a robust accuracy.
+        protocol: name of the result files (pgd-50-10-true), where there are several.
+
+    Returns:
+        The Axes.
+    """
+    rows = with_training(_one_protocol(results, labels, protocol)).reset_index(drop=True)
+    if labels == "true":
+        value, error = "robust_accuracy", "robust_standard_error"
+    else:
+        value, error = "accuracy_under_attack_predicted_labels", "standard_error_predicted_labels"
+    x, x_error = 100 * rows["clean_accuracy"], 100 * rows["clean_standard_error"]
+    y, y_error = 100 * rows[value].astype(float), 100 * rows[error].astype(float)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7.5, 5.5), layout="constrained")
+
+    for i, row in rows.iterrows():
+        color = ACTIVATION_COLORS.get(row["activation"], OTHER_COLOR)
+        ax.errorbar(
+            x[i],
+            y[i],
+            xerr=x_error[i],
+            yerr=y_error[i],
+            color=color,
+            elinewidth=1,
+            capsize=2.5,
+            alpha=0.55,
+        )
+        marker, size = _marker(row["activation"])
+        ax.plot(x[i], y[i], marker, color=color, ms=size, mec="white", mew=0.6, zorder=3)
+    _limits(ax, x, x_error, y, y_error)
+    impossible = (y > x + 1e-9) & (labels == "true")
+    if labels == "true":
+        _mark_impossible(ax, x[impossible], y[impossible], rows["label"][impossible])
+    trainings = [training for training in rows["training"] if training is not None]
+    ax.set_title(_what(trainings), fontsize=12, pad=24)
+    ax.text(
+        0.5,
+        1.015,
+        rows["protocol"][0],
+        transform=ax.transAxes,
+        ha="center",
+        va="bottom",
+        fontsize=9,
+    )
+    ax.set_xlabel("clean accuracy (%)")
+    ax.set_ylabel(
+        "robust accuracy (%)"
+        if labels == "true"
+        else "accuracy under attack, predicted labels (%)\n(not a robust accuracy)"
+    )
+    ax.grid(alpha=0.25)
+    ax.set_axisbelow(True)
+    shows_impossible = labels == "true" and ax.get_ylim()[1] > ax.get_xlim()[0]
+    _marker_legend(ax, rows["activation"], shows_impossible)
+    colors = [ACTIVATION_COLORS.get(a, OTHER_COLOR) for a in rows["activation"]]
+    _label_points(ax, x, y, x_error, y_error, rows["label"], colors)  # last: it needs the layout
+    return ax
+
+
+MARKERS = {  # kind of activation -> marker, size
+    "fixed activation": ("d", 10),
+    "KAF, random start": ("P", 11),
+    "KAF, ridge start": ("X", 10),
+    "k-WTA": ("o", 8),
+    "other": ("s", 7),
+}
+
+
+def _kind(activation):
+    if activation in ("kaf", "kaf_free"):
+        return "KAF, random start"
+    if activation in ("kaf_relu", "kaf_elu", "kaf_swish"):
+        return "KAF, ridge start"
+    if activation == "kwta":
+        return "k-WTA"
+    return "fixed activation" if activation in ACTIVATION_COLORS else "other"
+
+
+def _marker(activation):
+    return MARKERS[_kind(activation)]
+
+
+def _marker_legend(ax, activations, shows_impossible):
+    kinds = {_kind(activation) for activation in activations}
+    handles = [
+        Line2D([], [], ls="", marker=marker, ms=size - 2, color="0.35", mec="white", label=kind)
+        for kind, (marker, size) in MARKERS.items()
+        if kind in kinds
+    ]
+    handles.append(
+        Line2D([], [], color="0.35", marker="|", ms=6, lw=1, label="one standard error (binomial)")
+    )
+    if shows_impossible:
+        handles.append(
+            plt.Rectangle((0, 0), 1, 1, color="0.92", label="impossible: robust above clean")
+        )
+    ax.figure.legend(
+        handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False
+    )
+
+
+def _what(models):
+    """What the models have in common, in words: "ResNet20 on CIFAR-10, 15 epochs"."""
+    names = {"cifar10": "CIFAR-10", "light_cnn": "light CNN", "vgg": "VGG"}
+
+    def shared(setting):
+        values = {model.settings.get(setting) for model in models}
+        value = values.pop() if len(values) == 1 else None
+        return names.get(value, re.sub(r"^resnet", "ResNet", value)) if value else ""
+
+    words = [shared("architecture") or "accuracy and robustness"]
+    if shared("dataset"):
+        words.append(f"on {shared('dataset')}")
+    epochs = {model.settings.get("epochs") for model in models} - {None}
+    if len(epochs) == 1:
+        words.append(f"({epochs.pop()} epochs of fast adversarial training)")
+    return " ".join(words)
+
+
+def _limits(ax, x, x_error, y, y_error):
+    for values, error, set_limits in ((x, x_error, ax.set_xlim), (y, y_error, ax.set_ylim)):
+        low, high = (values - error).min(), (values + error).max()
+        margin = max(0.18 * (high - low), 1.0)
+        set_limits(max(low - margin, -1), min(high + margin, 101))
+
+
+def _mark_impossible(ax, x, y, labels):
+    """Shades where robust accuracy would exceed clean accuracy; rings the points there."""
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    ends = np.array([left, right])
+    if top > left:
+        ax.fill_between(ends, ends, max(top, right), color="0.92", zorder=0)
+        ax.plot(ends, ends, color="0.6", lw=1, zorder=0)
+        ax.set_xlim(left, right)
+        ax.set_ylim(bottom, top)
+    for px, py, label in zip(x, y, labels, strict=True):
+        ax.plot(px, py, "o", ms=20, mfc="none", mec="red", mew=1.5)
+        ax.annotate(
+            "impossible:\nrobust above clean", (px, py), (0, -14), textcoords="offset points",
+            ha="center", va="top", color="red", fontsize=9,
+        )  # fmt: skip
+        warnings.warn(
+            f"{label}: robust accuracy {py:.1f} % above clean accuracy {px:.1f} %, impossible with "
+            "true labels; its result file is wrong",
+            stacklevel=3,
+        )
+
+
+def _label_points(ax, x, y, x_error, y_error, labels, colors):
+    """A text beside each point, where it covers least of the others, their bars and labels."""
+    figure = ax.figure
+    figure.canvas.draw()  # positions in pixels are known after this
+    renderer = figure.canvas.get_renderer()
+    scale = figure.dpi / 72
+    place = ax.transData.transform
+    centres = place(np.column_stack([x, y]))
+    reach = place(np.column_stack([x + x_error, y + y_error])) - centres
+    boxes = []  # left, bottom, right, top of all that should stay visible
+    for (px, py), (rx, ry) in zip(centres, reach, strict=True):
+        marker, bar = 7 * scale, 2 * scale
+        boxes.append((px - marker, py - marker, px + marker, py + marker))
+        boxes.append((px - rx, py - bar, px + rx, py + bar))
+        boxes.append((px - bar, py - ry, px + bar, py + ry))
+    frame = ax.get_window_extent(renderer)
+
+    for i in np.argsort(-centres[:, 1]):
+        text = ax.annotate(
+            labels[i], (x[i], y[i]), (0, 0), textcoords="offset points", color=colors[i],
+            fontsize=10, fontweight="bold", va="bottom",
+        )  # fmt: skip
+        extent = text.get_window_extent(renderer)
+        width, height = extent.width, extent.height
+
+        def box(distance, angle, i=i, width=width, height=height):
+            # the label's centre lies on an ellipse around the point
+            dx = np.cos(angle) * (width / 2 + distance * scale)
+            dy = np.sin(angle) * (height / 2 + distance * scale)
+            px, py = centres[i] + (dx, dy)
+            return px - width / 2, py - height / 2, px + width / 2, py + height / 2
+
+        def cost(distance, angle, box=box):
+            this = box(distance, angle)
+            outside = (
+                max(0, frame.x0 - this[0]) + max(0, this[2] - frame.x1)
+                + max(0, frame.y0 - this[1]) + max(0, this[3] - frame.y1)
+            )  # fmt: skip
+            return sum(_overlap(this, b) for b in boxes) + 100 * outside + 0.5 * distance
+
+        angles = np.radians([45, 135, -45, -135, 0, 180, 90, -90, 22, 158, -22, -158])
+        options = [(distance, angle) for distance in (9, 14, 20, 28, 38) for angle in angles]
+        best = min(options, key=lambda option: cost(*option))
+        chosen = box(*best)
+        boxes.append(chosen)
+        text.set_position((np.array(chosen[:2]) - centres[i]) / scale)
+        if best[0] > 14:  # far away: say whose label it is
+            ax.annotate(
+                "",
+                (x[i], y[i]),
+                tuple(_nearest(chosen, centres[i]) - centres[i]),
+                textcoords="offset pixels",
+                arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.5"},
+            )
+
+
+def _overlap(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _nearest(box, point):
+    return np.clip(point, box[:2], box[2:])
+
+
+# --------------------------------------------------------------------------- training
+
+
+CURVES = {
+    "loss": "training loss (perturbed batches)",
+    "probe_clean": "clean accuracy (%)",
+    "probe_fgsm": "FGSM accuracy (%)",
+    "probe_pgd": "PGD-10 accuracy (%)",
+}
+
+
+def training_curves(histories, *, title=None):
+    """Loss, and clean, FGSM and PGD accuracy on the probe images, by epoch.
+
+    Args:
+        histories: {label: history}, a label being an activation's name, perhaps with more after a
+            comma ("swish, seed 1"), a history what history.csv holds (a DataFrame or its path).
+
+    Returns:
+        The Figure.
+    """
+    if not histories:
+        raise InputError("no finished model folders were given: there are no curves to draw")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, layout="constrained")
+    drawn = []  # activations so far
+    for label, history in histories.items():
+        if not isinstance(history, pd.DataFrame):
+            history = pd.read_csv(history)
+        marker = "os^v*"[drawn.count(activation_of(label)) % 5]
+        drawn.append(activation_of(label))
+        name = ACTIVATION_LABELS.get(label, label)
+        for ax, column in zip(axes.flat, CURVES, strict=True):
+            ax.plot(
+                history["epoch"] + 1,
+                history[column] * (1 if column == "loss" else 100),
+                color=color_of(label),
+                ls="-" if _is_kaf(label) else "--",
+                marker=marker,
+                ms=4,
+                lw=1.6,
+                label=name,
+            )
+    accuracies = axes.flat[1:]
+    top = max(ax.get_ylim()[1] for ax in accuracies)
+    for ax, what in zip(axes.flat, CURVES.values(), strict=True):
+        ax.set_ylabel(what)
+        ax.grid(alpha=0.25)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    for ax in accuracies:  # one scale: FGSM far above PGD is catastrophic overfitting
+        ax.set_ylim(0, min(top, 101))
+    for ax in axes[1]:
+        ax.set_xlabel("epoch")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=min(len(names), 4), frameon=False
+    )
+    figure.suptitle(title or "Fast adversarial training, probed on validation images", fontsize=12)
+    return figure
+
+
+# --------------------------------------------------------------------------- shapes of the KAFs
+
+
+def kaf_layers(model):
+    """All Kaf layers of a model, first to last."""
+    from activationsf import Kaf
+
+    return [layer for layer in model._flatten_layers() if isinstance(layer, Kaf)]
+
+
+def kaf_activation(layer):
+    """The name under which the study's tables have a Kaf layer."""
+    if layer.moving:
+        return "kaf_free"
+    ridge = getattr(layer.ridge, "__name__", None)
+    name = {"silu": "kaf_swish"}.get(ridge, f"kaf_{ridge}")
+    return name if name in ACTIVATION_COLORS else "kaf"
+
+
+def kaf_values(layer, x):
+    """The layer's functions at the points x (N,): (N, C)."""
+    channels = layer.alpha.shape[-1]
+    return np.asarray(layer(np.repeat(np.float32(x)[:, None], channels, axis=1)))
+
+
+def kaf_shapes(model, *, initial=None, channels=6, limit=4.0, title=None):
+    """The functions of a model's Kaf layers, one panel for each layer, over where they started.
+
+    Args:
+        model: trained model with Kaf layers.
+        initial: the same model before training, for the starts of the same channels. Without it
+            the ridge start is drawn, which the layers know, and no random one.
+        channels: how many of each layer's are drawn, evenly spaced by number.
+        limit: of x, in units of the pre-activation. The dictionary's range is shaded.
+
+    Returns:
+        The Figure.
+    """
+    layers = kaf_layers(model)
+    if not layers:
+        raise InputError(f"{model.name!r} has no Kaf layers, so there are no shapes to draw")
+    starts = kaf_layers(initial) if initial is not None else [None] * len(layers)
+    if len(starts) != len(layers):
+        raise InputError(
+            f"the initial model has {len(starts)} Kaf layers, the trained one {len(layers)}"
+        )
+    x = np.linspace(-limit, limit, 201)
+    columns = min(5, len(layers))
+    rows = -(-len(layers) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.3 * columns + 0.6, 1.9 * rows + 1.1), sharex=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    start_name = None
+    for number, (ax, layer, start) in enumerate(
+        zip(axes.flat, layers, starts, strict=False), start=1
+    ):
+        chosen = _evenly(layer.alpha.shape[-1], channels)
+        if layer.moving:  # where the trained points of these channels lie
+            points = np.asarray(layer.dictionary)[:, chosen]
+            shaded = points.min(), points.max()
+        else:
+            shaded = -layer.boundary, layer.boundary
+        ax.axvspan(*shaded, color="0.93", zorder=0)
+        ax.axhline(0, color="0.75", lw=0.6, zorder=1)
+        trained = kaf_values(layer, x)[:, chosen]
+        ax.plot(x, trained, color=ACTIVATION_COLORS[kaf_activation(layer)], lw=1, alpha=0.75)
+        if layer.ridge is not None:
+            begun = kaf_values(_fresh(layer), x)[:, :1]
+            ridge = getattr(layer.ridge, "__name__", "")
+            name = ACTIVATION_LABELS.get({"silu": "swish"}.get(ridge, ridge), ridge)
+            start_name = f"start: ridge fit of {name}"
+        elif start is not None:
+            begun = kaf_values(start, x)[:, chosen]
+            start_name = "random start of the same channels"
+        else:
+            begun = np.empty((len(x), 0))
+        ax.plot(x, begun, color="black", lw=1, ls=(0, (4, 2)), alpha=0.8 if layer.ridge else 0.35)
+        ax.set_title(f"{number}: {_size(layer)}", fontsize=9, pad=3)
+        ax.tick_params(labelsize=8)
+        ax.set_xlim(-limit, limit)
+    for ax in list(axes.flat)[len(layers) :]:
+        ax.set_axis_off()
+    for column in range(columns):  # the lowest panel of each column shows the numbers
+        lowest = max(r for r in range(rows) if r * columns + column < len(layers))
+        axes[lowest, column].tick_params(labelbottom=True)
+        axes[lowest, column].set_xlabel("pre-activation x", fontsize=9)
+    activation = kaf_activation(layers[0])
+    handles = [Line2D([], [], color=ACTIVATION_COLORS[activation], label="after training")]
+    if start_name:
+        handles.append(Line2D([], [], color="black", lw=1, ls=(0, (4, 2)), label=start_name))
+    handles.append(plt.Rectangle((0, 0), 1, 1, color="0.93", label="range of the dictionary"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.supylabel("activation g(x)", fontsize=10)
+    figure.suptitle(
+        (title or f"{ACTIVATION_LABELS[activation]} in {model.name}")
+        + f": up to {channels} channels of each layer",
+        fontsize=11,
+    )
+    return figure
+
+
+def _evenly(count, wanted):
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
+
+
+def _fresh(layer):
+    fresh = type(layer).from_config(layer.get_config())
+    fresh.build((None, layer.alpha.shape[-1]))
+    return fresh
+
+
+def _size(layer):
+    """Layer's output in words: 32x32, 16 channels."""
+    *positions, channels = layer.output.shape[1:]
+    return f"{'×'.join(map(str, positions))}{', ' if positions else ''}{channels} ch."
+
+
+def initial_network(model):
+    """The network of a TrainedModel as it was before training: same settings, same seed."""
+    import keras
+
+    from experiments.train import TrainConfig, build_network
+
+    keras.utils.set_random_seed(model.settings["seed"])
+    return build_network(TrainConfig(**model.settings))
+
+
+# --------------------------------------------------------------------------- the table
+
+
+def markdown_table(results):
+    """Markdown: one row for each model and protocol, both label protocols side by side."""
+    results = results[results["attack"] == "pgd"]
+    if results.empty:
+        raise InputError("no results of PGD there; make them with robustness_eval.py")
+    rows = with_training(results)
+    protocol = ["steps", "restarts", "epsilon", "alpha", "dataset", "n", "seed"]
+    attacks = rows[protocol[:4]].drop_duplicates()
+    several = len(attacks) > 1
+    attack_name = "PGD" if several else _attack_name(rows.iloc[0])
+    header = ["model", "clean", f"{attack_name}, true labels", f"{attack_name}, predicted labels*"]
+    header += ["n", "training, s", "parameters", "epochs"]
+    if several:
+        header.insert(1, "attack")
+
+    lines = []
+    for (folder, *_), group in rows.groupby(["folder", *protocol], sort=False, dropna=False):
+        one = {row["labels"]: row for _, row in group.iterrows()}
+        any_row = next(iter(one.values()))
+        training = any_row["training"]
+        cells = [
+            any_row["model"] or Path(folder).name,
+            _percent(any_row, "clean_accuracy", "clean_standard_error"),
+            _percent(one.get("true"), "robust_accuracy", "robust_standard_error"),
+            _percent(
+                one.get("predicted"),
+                "accuracy_under_attack_predicted_labels",
+                "standard_error_predicted_labels",
+            ),
+            f"{any_row['n']:,}",
+        ]
+        if several:
+            cells.insert(1, _attack_name(any_row))
+        if training is None:
+            order, more = (), ["–"] * 3
+        else:
+            order, done = _order(training), training.record["results"]
+            epochs, asked = done["epochs_trained"], training.settings["epochs"]
+            more = [
+                f"{training.record['seconds']:,.0f}",
+                f"{done['parameters']:,}",
+                f"{epochs}" if epochs == asked else f"{epochs} of {asked}",
+            ]
+        lines.append(((training is None, order), cells + more))
+    lines.sort(key=lambda line: line[0])
+    body = [header, ["---"] + ["---:"] * (len(header) - 1), *(cells for _, cells in lines)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in body)
+
+    radii = sorted({(row.epsilon, row.alpha) for row in attacks.itertuples()})
+    radius = "; ".join(f"eps {255 * e:g}/255, step {255 * a:g}/255" for e, a in radii)
+    note = (
+        f"Percent of the first n test images of {', '.join(sorted(set(rows['dataset'])))} "
+        f"± one binomial standard error; L-inf, {radius}. PGD-S-R: S steps, R random restarts, the "
+        "worst counts, image by image."
+    )
+    if (rows["labels"] == "predicted").any():
+        note += (
+            "\n\\* Only for comparison with figures from attacks called without labels; not a "
+            "robust accuracy."
+        )
+    return f"{table}\n\n{note}"
+
+
+def _attack_name(row):
+    return f"PGD-{row['steps']}-{row['restarts']}"
+
+
+def _percent(row, value, error):
+    return "–" if row is None else f"{100 * row[value]:.1f} ± {100 * row[error]:.1f}"
+
+
+def put_table_into(path, table):
+    """Rewrites what stands between <!-- table --> and <!-- /table --> in a text file."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error})") from None
+    before, start, rest = text.partition(TABLE_START)
+    _, end, after = rest.partition(TABLE_END)
+    if not (start and end) or TABLE_START in after:
+        raise InputError(
+            f"{str(path)!r} must hold {TABLE_START} and, after it, {TABLE_END}, once each"
+        )
+    write_atomically(path, f"{before}{start}\n{table}\n{end}{after}".encode())
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.figures",
+        description="Figures and tables from model folders and their result files.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help in (
+        ("scatter", "clean against robust accuracy"),
+        ("curves", "loss and probe accuracies by epoch"),
+        ("shapes", "the functions of a model's KAF layers (one model)"),
+        ("table", "Markdown table"),
+    ):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("folders", nargs="+", metavar="MODEL_FOLDER", help="or models/")
+        if name != "table":
+            command.add_argument("--out", required=True, metavar="FILE.png")
+        if name == "scatter":
+            command.add_argument("--labels", choices=("true", "predicted"), default="true")
+            command.add_argument("--protocol", help="name of the result files: pgd-50-10-true")
+        if name == "shapes":
+            command.add_argument("--channels", type=int, default=6, help="drawn per layer (6)")
+        if name == "table":
+            command.add_argument("--into", metavar="README.md", help=f"between {TABLE_START} there")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """The command. Returns its exit code: 0, or 2 if something given cannot be used."""
+    arguments = parse(argv)
+    matplotlib.use("Agg")
+    try:
+        run(arguments)
+    except InputError as error:
+        print(f"experiments.figures: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments):
+    models = trained_models(*arguments.folders)  # also says if something is not a folder
+    if arguments.command == "table":
+        table = markdown_table(read_results(*arguments.folders))
+        print(table)
+        if arguments.into:
+            put_table_into(arguments.into, table)
+        return
+    if arguments.command == "scatter":
+        results = read_results(*arguments.folders)
+        ax = accuracy_robustness_scatter(results, arguments.labels, protocol=arguments.protocol)
+        figure = ax.figure
+    elif arguments.command == "curves":
+        labels = model_labels(models)
+        images = {str(model.record["results"].get("probe_n")) for model in models}
+        title = f"{_what(models)}; probed on {', '.join(sorted(images))} validation images"
+        figure = training_curves(
+            {labels[model.folder]: model.history for model in models}, title=title
+        )
+    else:
+        figure = _shapes_of_folder(models, arguments.channels)
+    save(figure, arguments.out)
+    print(arguments.out)
+
+
+def _shapes_of_folder(models, channels):
+    if len(models) != 1:
+        raise InputError(f"shapes draws one model; {len(models)} finished ones are there")
+    from experiments.saved_models import open_model
+
+    (model,) = models
+    if channels < 1:
+        raise InputError(f"--channels must be at least 1, got {channels}")
+    with open_model(str(model.folder)) as opened:
+        label = ACTIVATION_LABELS.get(model.activation, model.activation)
+        return kaf_shapes(
+            opened.model,
+            initial=initial_network(model),
+            channels=channels,
+            title=f"{label}, {_what([model])}",
+        )
+
+
+def save(figure, path):
+    """Writes a figure and closes it; .png, .pdf or .svg by the name's ending."""
+    path = Path(path)
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"cannot write a figure as {path.name!r}; let its name end in .png")
+    make_writable(path.parent)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

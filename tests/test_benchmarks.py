@@ -1,0 +1,72 @@
+"""The benchmarks run and write what they promise; their figures are not judged here."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def run():
+    spec = importlib.util.spec_from_file_location("benchmarks_run", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_quick_layer_benchmark_writes_its_section_and_keeps_the_others(run, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    out.write_text('{"attack": {"kept": true}}')
+    assert run.main(["layer", "--quick", "--rounds", "2", "--out", str(out)]) == 0
+    assert "kaf plain compiled" in capsys.readouterr().out
+    results = json.loads(out.read_text())
+    assert results["attack"] == {"kept": True}
+    section = results["layer"]
+    assert section["quick"] and section["machine"] and section["date"] and section["versions"]
+    sides = {"relu", "swish", "kaf", "kaf moving", "kaf plain", "kaf plain compiled"}
+    (shape,) = section["shapes"].values()
+    for measured in (*shape.values(), *section["growth"].values()):
+        assert set(measured["sides"]) == set(measured["to swish"]) == sides
+        for side in measured["sides"].values():
+            low, high = side["quartiles_ms"]
+            assert 0 < low <= side["median_ms"] <= high and side["rounds"] >= 2
+        assert measured["to swish"]["swish"]["median"] == 1
+
+    kept = {name: row["kept"] for name, row in section["memory"]["sides"].items()}
+    assert kept["kaf"] == pytest.approx(1, abs=0.05) and kept["swish"] == pytest.approx(1, abs=0.05)
+    assert kept["kaf plain"] > 2
+
+
+def test_sides_are_called_in_turn(run):
+    calls = []
+    times = run.alternate({name: lambda n=name: calls.append(n) for name in "AB"}, 3, warm_up=0)
+    assert calls == list("AB" * 4)  # the first calls are timed apart
+    assert len(times["A"]["seconds"]) == 3
+
+
+def test_ratio_is_the_median_of_ratios_within_rounds(run):
+    times = {"a": {"seconds": [2, 40, 6]}, "b": {"seconds": [1, 10, 2]}}
+    assert run.ratio(times, "a", "b")["median"] == 3
+
+
+def test_end_points_are_judged_in_the_right_direction(run):
+    results = {
+        "step": {"resnet20": {"to swish": {"kaf": {"median": 1.5}, "kaf_free": {"median": 2.0}}}},
+        "attack": {"by_n": {"200": {"speed-up": {"median": 5.0}}}},
+    }
+    verdicts = [
+        line.split(" | ")[-1].strip(" |") for line in run.end_point_table(results).splitlines()
+    ]
+    assert verdicts[2:] == ["not measured"] * 4 + ["not met", "met"] + ["not measured"] * 2 + [
+        "met"
+    ]
+
+
+def test_errors_are_one_line(run, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    out.write_text("[]")
+    assert run.main(["layer", "--quick", "--out", str(out)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,261 @@
+"""Figures and tables, drawn from result files made up here."""
+
+import json
+
+import keras
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.colors import to_hex
+
+from activationsf import ACTIVATIONS, Kaf
+from experiments import InputError, figures
+from experiments.results import FORMAT, read_results
+
+CLEAN = {"relu": 0.77, "swish": 0.79, "kaf": 0.78}
+ROBUST = {"relu": 0.36, "swish": 0.41, "kaf": 0.39}
+
+
+def make_model(root, activation, *, clean=None, robust=None, n=1000, seed=0, sha="ab"):
+    folder = root / f"cifar10_resnet20_{activation}_seed{seed}"
+    (folder / "robustness").mkdir(parents=True, exist_ok=True)
+    record = {
+        "settings": {
+            "dataset": "cifar10",
+            "architecture": "resnet20",
+            "activation": activation,
+            "epochs": 3,
+            "seed": seed,
+        },
+        "results": {"parameters": 294922, "epochs_trained": 3, "probe_n": 512},
+        "seconds": 240.3,
+        "model_sha256": "ab",
+    }
+    (folder / "training.json").write_text(json.dumps(record))
+    history = {"epoch": [0, 1, 2], "loss": [2.3, 2.0, 1.8]}
+    history |= {c: [0.1, 0.2, 0.3] for c in ("probe_clean", "probe_fgsm", "probe_pgd")}
+    pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
+    for labels in ("true", "predicted"):
+        value = ROBUST.get(activation, 0.3) if robust is None else robust
+        counted = {"robust_accuracy": value, "robust_standard_error": 0.015}
+        if labels == "predicted":
+            counted = {
+                "accuracy_under_attack_predicted_labels": value + 0.1,
+                "standard_error_predicted_labels": 0.016,
+            }
+        summary = {
+            "format": FORMAT,
+            "model": folder.name,
+            "labels": labels,
+            "protocol": f"PGD-50-10, {labels} labels, first {n} cifar10 test images",
+            "attack": {
+                "name": "pgd",
+                "epsilon": 8 / 255,
+                "alpha": 2 / 255,
+                "steps": 50,
+                "restarts": 10,
+            },
+            "dataset": {"name": "cifar10"},
+            "n": n,
+            "clean_accuracy": CLEAN.get(activation, 0.7) if clean is None else clean,
+            "clean_standard_error": 0.013,
+            "seed": 0,
+            "model_sha256": sha,
+            **counted,
+        }
+        name = f"pgd-50-10-{labels}" + ("" if n == 1000 else f"-n{n}")
+        (folder / "robustness" / f"{name}.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path):
+    for activation in ("swish", "kaf", "relu"):
+        make_model(tmp_path / "models", activation)
+    yield tmp_path / "models"
+    plt.close("all")
+
+
+def points(ax):
+    """The markers drawn, {(x, y): (colour, marker)}."""
+    return {
+        (line.get_xdata()[0], line.get_ydata()[0]): (to_hex(line.get_color()), line.get_marker())
+        for line in ax.lines
+        if len(line.get_xdata()) == 1 and line.get_marker() not in ("|", "_", "None")
+    }
+
+
+def test_every_activation_has_its_own_color_and_label():
+    assert set(figures.ACTIVATION_COLORS) == set(figures.ACTIVATION_LABELS) == set(ACTIVATIONS)
+    assert len(set(figures.ACTIVATION_COLORS.values())) == len(ACTIVATIONS)
+    for name, label in figures.ACTIVATION_LABELS.items():
+        assert figures.activation_of(label) == figures.activation_of(f"{label}, seed 1") == name
+
+
+def test_scatter_places_each_model_at_clean_and_robust_percent(models):
+    ax = figures.accuracy_robustness_scatter(read_results(models))
+    drawn = points(ax)
+    expected = {
+        (100 * CLEAN[a], 100 * ROBUST[a]): figures.ACTIVATION_COLORS[a].lower() for a in CLEAN
+    }
+    assert {place: color for place, (color, _) in drawn.items()} == pytest.approx(expected)
+    assert drawn[77.0, 36.0][1] == "d" and drawn[78.0, 39.0][1] == "P"
+    texts = [text.get_text() for text in ax.texts]
+    assert {"ReLU", "Swish", "KAF"} <= set(texts)
+    assert any("first 1000" in text and "true labels" in text for text in texts)
+    assert "%" in ax.get_xlabel() and "%" in ax.get_ylabel()
+
+
+def test_error_bars_are_one_standard_error_in_each_direction(models):
+    ax = figures.accuracy_robustness_scatter(read_results(models / "cifar10_resnet20_kaf_seed0"))
+    (bars,) = ax.containers
+    across, along = (c.get_segments()[0] for c in bars.lines[2])
+    np.testing.assert_allclose(across[:, 0], [78 - 1.3, 78 + 1.3])
+    np.testing.assert_allclose(along[:, 1], [39 - 1.5, 39 + 1.5])
+
+
+def test_labels_do_not_cover_each_other(tmp_path):
+    for i, activation in enumerate(figures.ACTIVATION_COLORS):
+        make_model(tmp_path, activation, clean=0.78 + 0.001 * i, robust=0.4 + 0.002 * (i % 3))
+    ax = figures.accuracy_robustness_scatter(read_results(tmp_path))
+    names = figures.ACTIVATION_LABELS.values()
+    boxes = [t.get_window_extent() for t in ax.texts if t.get_text() in names]
+    assert len(boxes) == len(names)
+    overlapping = [a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]]
+    assert not any(overlapping)
+    plt.close("all")
+
+
+def test_robust_above_clean_is_flagged_with_true_labels_only(tmp_path):
+    make_model(tmp_path, "kaf", clean=0.3, robust=0.4)
+    with pytest.warns(UserWarning, match="impossible"):
+        ax = figures.accuracy_robustness_scatter(read_results(tmp_path))
+    assert any("impossible" in text.get_text() for text in ax.texts)
+    ax = figures.accuracy_robustness_scatter(read_results(tmp_path), labels="predicted")
+    assert not any("impossible" in text.get_text() for text in ax.texts)
+    assert "not a robust accuracy" in ax.get_ylabel()
+    plt.close("all")
+
+
+def test_scatter_refuses_to_mix_protocols(models):
+    make_model(models, "kaf", n=200)
+    with pytest.raises(InputError, match=r"several protocols.*pgd-50-10-true-n200"):
+        figures.accuracy_robustness_scatter(read_results(models))
+    ax = figures.accuracy_robustness_scatter(read_results(models), protocol="pgd-50-10-true-n200")
+    assert len(points(ax)) == 1
+
+
+def test_results_of_other_weights_are_refused(tmp_path):
+    make_model(tmp_path, "kaf", sha="other")
+    with pytest.raises(InputError, match="other weights"):
+        figures.accuracy_robustness_scatter(read_results(tmp_path))
+
+
+def test_models_that_differ_in_seed_say_so(tmp_path):
+    make_model(tmp_path, "kaf", seed=0)
+    make_model(tmp_path, "kaf", seed=1)
+    labels = figures.model_labels(figures.trained_models(tmp_path))
+    assert sorted(labels.values()) == ["KAF, seed 0", "KAF, seed 1"]
+
+
+def test_training_curves_show_every_model_in_its_color(models):
+    histories = {model.activation: model.history for model in figures.trained_models(models)}
+    figure = figures.training_curves(histories)
+    loss, clean, *_ = figure.axes
+    assert [line.get_color() for line in loss.lines] == [
+        figures.ACTIVATION_COLORS[name] for name in ("relu", "swish", "kaf")
+    ]
+    np.testing.assert_allclose(clean.lines[0].get_ydata(), [10, 20, 30])
+    np.testing.assert_array_equal(clean.lines[0].get_xdata(), [1, 2, 3])
+
+
+def kaf_model(**kwargs):
+    inputs = keras.Input((4, 4, 2))
+    x = Kaf(D=5, **kwargs)(inputs)
+    x = keras.layers.Flatten()(x)
+    x = Kaf(D=5, **kwargs)(keras.layers.Dense(3)(x))
+    return keras.Model(inputs, keras.layers.Dense(2)(x), name="net")
+
+
+def test_kaf_shapes_draws_the_function_of_every_layer_over_its_start():
+    model = kaf_model(ridge="elu")
+    layer = figures.kaf_layers(model)[0]
+    start = figures.kaf_values(layer, np.linspace(-4, 4, 201))
+    layer.alpha.assign(2 * layer.alpha)
+    figure = figures.kaf_shapes(model)
+    panels = [ax for ax in figure.axes if ax.get_title()]
+    assert [ax.get_title() for ax in panels] == ["1: 4×4, 2 ch.", "2: 3 ch."]
+    _, *trained, begun = panels[0].lines
+    for channel, line in enumerate(trained):
+        np.testing.assert_allclose(line.get_ydata(), 2 * start[:, channel], rtol=1e-5, atol=1e-6)
+        assert line.get_color() == figures.ACTIVATION_COLORS["kaf_elu"]
+    np.testing.assert_allclose(begun.get_ydata(), start[:, 0], rtol=1e-5, atol=1e-6)
+    plt.close(figure)
+
+
+def test_kaf_shapes_draws_a_random_start_only_where_it_is_known():
+    model, initial = kaf_model(), kaf_model()
+    without = figures.kaf_shapes(model).axes[0].lines
+    both = figures.kaf_shapes(model, initial=initial).axes[0].lines
+    assert len(both) == len(without) + 2
+    plt.close("all")
+
+
+def test_kaf_shapes_says_that_there_is_no_kaf():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    with pytest.raises(InputError, match="no Kaf layers"):
+        figures.kaf_shapes(model)
+
+
+def test_table_has_both_protocols_in_one_row_in_order_of_activations(models):
+    lines = figures.markdown_table(read_results(models)).splitlines()
+    assert "PGD-50-10, true labels | PGD-50-10, predicted labels*" in lines[0]
+    assert lines[2] == (
+        "| cifar10_resnet20_relu_seed0 | 77.0 ± 1.3 | 36.0 ± 1.5 | 46.0 ± 1.6 | 1,000 | 240 | "
+        "294,922 | 3 |"
+    )
+    assert [line.split("_")[2] for line in lines[2:5]] == ["relu", "swish", "kaf"]
+
+
+def test_table_goes_between_the_markers_and_nowhere_else(models, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")
+    command = ["table", str(models), "--into", str(readme)]
+    assert figures.main(command) == 0
+    once = readme.read_text()
+    assert once.startswith("before\n<!-- table -->\n| model |") and "old" not in once
+    assert once.endswith("\n<!-- /table -->\nafter\n")
+    assert figures.main(command) == 0 and readme.read_text() == once
+    assert capsys.readouterr().out.count("| cifar10_resnet20_kaf_seed0 |") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["scatter", "{root}/nowhere", "--out", "{root}/a.png"], "not a folder"),
+        (["scatter", "{root}/empty", "--out", "{root}/a.png"], "no results"),
+        (["curves", "{root}/empty", "--out", "{root}/a.png"], "no finished model"),
+        (["shapes", "{root}/models", "--out", "{root}/a.png"], "shapes draws one model; 3"),
+        (["curves", "{root}/models", "--out", "{root}/a.xyz"], "end in .png"),
+        (["table", "{root}/empty"], "no results"),
+        (["table", "{root}/models", "--into", "{root}/text.md"], "<!-- table -->"),
+    ],
+)
+def test_command_says_in_one_line_what_is_wrong(models, capsys, arguments, message):
+    root = models.parent
+    (root / "empty").mkdir()
+    (root / "text.md").write_text("no markers")
+    assert figures.main([a.format(root=root) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_command_writes_png_files(models, tmp_path):
+    for name in ("scatter", "curves"):
+        out = tmp_path / "new" / f"{name}.png"
+        assert figures.main([name, str(models), "--out", str(out)]) == 0
+        assert out.read_bytes().startswith(b"\x89PNG")
