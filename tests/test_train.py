@@ -89,7 +89,7 @@ def files(folder):
 
 def test_recipes_are_those_of_the_reference():
     assert train.recipe("thesis", "resnet20", "kaf") == {
-        "lr_min": 0.01, "lr_max": 0.8, "momentum": 0.0, "l2": 5e-4,
+        "optimizer": "sgd", "lr_min": 0.01, "lr_max": 0.8, "momentum": 0.0, "l2": 5e-4,
     }  # fmt: skip
     bounds = {
         name: (settings["lr_min"], settings["lr_max"])
@@ -107,6 +107,17 @@ def test_recipes_are_those_of_the_reference():
     }
     fast = train.recipe("fast", "resnet20", "kaf")
     assert fast["momentum"] == 0.9 and fast["lr_max"] < 0.8
+    assert train.recipe("adam", "light_cnn", "kaf")["optimizer"] == "adam"
+
+
+def test_the_optimizer_is_the_one_that_is_set():
+    inputs = keras.Input((4, 4, 3))
+    network = keras.Model(inputs, keras.layers.Flatten()(inputs))
+    for name, kind in (("sgd", keras.optimizers.SGD), ("adam", keras.optimizers.Adam)):
+        config = train.TrainConfig(optimizer=name, architecture="vgg")
+        assert type(train.build_trainer(network, config, steps=10).optimizer) is kind
+    with pytest.raises(InputError, match="Unknown optimizer 'rmsprop'"):
+        train.TrainConfig(optimizer="rmsprop").check()
 
 
 def test_the_command_line_defaults_to_the_settings_defaults():
