@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from tensorflow.python.framework.config import disable_op_determinism
 
+import kernel_expansion
 from activationsf import activation as activation_layer
 from experiments import InputError, train
 from experiments.datasets import load
@@ -443,3 +444,26 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and said in error
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("activation", ["kaf", "kaf_free"])
+def test_histories_with_and_without_the_fast_paths_agree(activation, tmp_path, monkeypatch):
+    def network_without_dropout(name, activation, **kwargs):  # its noise depends on the twin
+        inputs = keras.Input((32, 32, 3))
+        x = keras.layers.Conv2D(4, 3)(keras.layers.AveragePooling2D(4)(inputs))
+        x = activation_layer(activation)(keras.layers.BatchNormalization()(x))
+        return keras.Model(inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x)), name=name)
+
+    monkeypatch.setattr(train, "build", network_without_dropout)
+    monkeypatch.setattr(train, "PROBE_IMAGES", 64)
+    settings = config(activation=activation, epochs=3, lr_max=0.05)
+    train.train(settings, tmp_path / "fast", verbose=0)
+    monkeypatch.setattr(kernel_expansion, "_has_fast_path", lambda x: False)
+    monkeypatch.setattr(train, "fused", lambda network: network)
+    train.train(settings, tmp_path / "plain", verbose=0)
+    fast, plain = history_of(tmp_path / "fast"), history_of(tmp_path / "plain")
+    np.testing.assert_allclose(fast["loss"], plain["loss"], rtol=1e-4)
+    for ours, theirs in zip(
+        weights_of(tmp_path / "fast"), weights_of(tmp_path / "plain"), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)

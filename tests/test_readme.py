@@ -1,0 +1,34 @@
+"""What the README shows is so: its Python runs, its table is drawn from the result files."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import figures
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_table_is_the_one_of_the_result_files(tmp_path):
+    if figures.TABLE_START not in README:
+        pytest.fail(f"README.md has lost its {figures.TABLE_START} markers")
+    copy = tmp_path / "README.md"
+    copy.write_text(README, encoding="utf-8")
+    assert figures.main(["table", str(ROOT / "models"), "--into", str(copy)]) == 0
+    assert copy.read_text(encoding="utf-8") == README
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?:imgs|src|tests|benchmarks)/[\w/.]+", README)))
+)
+def test_files_named_in_the_readme_exist(path):
+    assert (ROOT / path).exists() or path == "imgs/demo_scatter.png"
