@@ -158,7 +158,7 @@ def _on_rows(expansion, x, *parameters):
 # one Gaussian, times a power that a Horner chain builds up, times a constant. One chain runs in
 # s^2 = exp(2 g v) for k > 0 and one in 1 / s^2 for k < 0. float32 holds this for runs of up to 20
 # points at the rule-of-thumb bandwidth (`_runs` says how many in general); longer dictionaries are
-# cut into runs. exp is written out (`_exp2`): XLA then makes one vectorised loop of everything.
+# cut into runs. exp is written out (`exp2`): XLA then makes one vectorised loop of everything.
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -207,7 +207,7 @@ def _times_power_of_2(x, n):
     return x * tf.bitcast((n + 127) * (1 << 23), tf.float32)
 
 
-def _exp2(z):
+def exp2(z):
     """2^z for -127.49 <= z <= 127; 0 below -126.5."""
     n = tf.round(z)
     return _times_power_of_2(_horner(_exp2_polynomial(), z - n), tf.cast(n, tf.int32))
@@ -230,7 +230,7 @@ def _power_factors(x, centre, step, g):
     stop = math.sqrt((127.4 / log2e + LIFT) / g)
     v = tf.clip_by_value(x * np.float32(1 / step) - np.float32(centre), -stop, stop)
     s, s_inverse = _exp2_both_signs(v * np.float32(g * log2e))
-    bell = _exp2(np.float32(LIFT * log2e) - np.float32(g * log2e) * (v * v))
+    bell = exp2(np.float32(LIFT * log2e) - np.float32(g * log2e) * (v * v))
     return v, s, s_inverse, bell
 
 
@@ -375,7 +375,7 @@ def _moving_expansion(D, channels):
         for i in range(D):
             difference = x - dictionary[i]
             exponent = -(gamma * log2e) * (difference * difference)
-            yield _exp2(tf.maximum(exponent, np.float32(-127.4))), difference
+            yield exp2(tf.maximum(exponent, np.float32(-127.4))), difference
 
     @compiled
     def value(x, alpha, dictionary, gamma):

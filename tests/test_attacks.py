@@ -6,7 +6,7 @@ import pytest
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import TensorFlowV2Classifier
 
-from experiments import InputError
+from experiments import InputError, attacks
 from experiments.attacks import (
     PGD,
     CompiledClassifier,
@@ -61,8 +61,8 @@ def plain_art(cnn, steps=STEPS):
     )
 
 
-def ours(cnn):
-    return PGD(CompiledClassifier(cnn, CLASSES, SHAPE), epsilon=EPSILON, alpha=ALPHA, steps=STEPS)
+def ours(cnn, steps=STEPS):
+    return PGD(CompiledClassifier(cnn, CLASSES, SHAPE), epsilon=EPSILON, alpha=ALPHA, steps=steps)
 
 
 def test_every_step_equals_arts_own(cnn, data):
@@ -120,6 +120,37 @@ def test_run_does_not_depend_on_the_batch_size(cnn, data, batch_size):
     np.testing.assert_array_equal(one.fell, other.fell)
     np.testing.assert_array_equal(one.iterations, other.iterations)
     np.testing.assert_allclose(one.x_adv, other.x_adv, atol=1e-6)
+
+
+@pytest.mark.parametrize("judge_every", [True, False])
+@pytest.mark.parametrize("steps", [40, 41])
+def test_leaving_out_cycles_changes_nothing_but_the_number_of_gradients(
+    cnn, data, judge_every, steps, monkeypatch
+):
+    x, y = data
+    runs, calls = [], []
+    for without in (False, True):
+        if without:
+            monkeypatch.setattr(
+                attacks, "_whole_cycles", lambda before, previous, x_adv, left: 0 * left
+            )
+        attack = ours(cnn, steps)
+        runs.append(
+            run_restart(
+                attack,
+                x,
+                lambda i: random_start(x[i], epsilon=EPSILON, seed=3, image=i, restart=1),
+                y,
+                batch_size=N,
+                judge_every=judge_every,
+            )
+        )
+        calls.append(attack.estimator.gradient_calls)
+    np.testing.assert_array_equal(runs[0].fell, runs[1].fell)
+    np.testing.assert_array_equal(runs[0].predictions, runs[1].predictions)
+    np.testing.assert_array_equal(runs[0].iterations, runs[1].iterations)
+    np.testing.assert_array_equal(runs[0].x_adv, runs[1].x_adv)
+    assert calls[0] < calls[1]
 
 
 def test_pool_has_few_sizes():

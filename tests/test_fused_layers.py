@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from experiments.fused_layers import FusedBatchNormalization, fused
+from experiments.fused_layers import FusedBatchNormalization, FusedSwish, fused
 
 
 @pytest.fixture
@@ -27,6 +27,7 @@ def test_twin_has_the_same_weights_and_fuses_what_it_can(network):
     kinds = [type(layer) for layer in twin.layers]
     assert kinds.count(FusedBatchNormalization) == 1
     assert kinds.count(keras.layers.BatchNormalization) == 1
+    assert kinds.count(FusedSwish) == 1
     assert all(type(layer) is not FusedBatchNormalization for layer in network.layers)
 
 
@@ -46,3 +47,17 @@ def test_outputs_gradients_and_moving_statistics_equal_keras(network, batch):
     for ours, theirs in zip(*results, strict=True):
         scale = max(0.1, float(tf.reduce_max(tf.abs(theirs))))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-4 * scale)
+
+
+def test_swish_and_its_gradient_equal_keras_far_out_too():
+    x = tf.constant([-np.inf, -1e4, -100.0, -5.0, -1e-3, 0.0, 0.3, 5.0, 100.0, 1e4, np.nan])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = FusedSwish()(x)
+    gradient = tape.gradient(y, x).numpy()
+    finite = x.numpy()[1:-1].astype("float64")
+    sigmoid = 1 / (1 + np.exp(-np.maximum(finite, -700)))
+    np.testing.assert_allclose(y[1:-1], finite * sigmoid, rtol=1e-5, atol=1e-30)
+    expected = sigmoid * (1 + finite * (1 - sigmoid))
+    np.testing.assert_allclose(gradient[1:-1], expected, rtol=1e-5, atol=1e-30)
+    assert np.isnan(gradient[-1])

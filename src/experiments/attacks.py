@@ -9,6 +9,9 @@ plainly, and why the verdict is the same:
   logits tell which images have fallen, without a prediction of their own.
 - A pool of `batch_size` images is stepped together, each at its own iteration: whatever falls
   leaves at once and the next image takes its place. The pool is padded to a few fixed sizes.
+- Once an image's iterates repeat (a fixed point or a cycle of two) the rest of its run is known,
+  and left out. On a ResNet20 of this project every image still standing after 50 steps had come to
+  that, half of them by step 27: 45 % of their steps.
 - Each image has its own random start, drawn from (seed, image, restart): what happens to it does
   not depend on the batch size or on which other images are still standing (float rounding inside
   a convolution may differ in the last bit between batch sizes; nothing else does).
@@ -188,11 +191,14 @@ def run_restart(attack, x, start, targets, *, batch_size, judge_every=True, prog
     queue = iter(range(len(x)))
     pool = np.empty(0, int)  # positions in x that are being attacked
     x_adv = np.empty((0, *x.shape[1:]), "float32")
+    previous = x_adv  # the iterates before these; NaN, equal to nothing, where there is none
     while True:
         entering = list(islice(queue, batch_size - len(pool)))
         if entering:
             pool = np.append(pool, entering)
             x_adv = np.concatenate([x_adv, np.stack([start(i) for i in entering])])
+            none = np.full((len(entering), *x.shape[1:]), np.nan, "float32")
+            previous = np.concatenate([previous, none])
         if not len(pool):
             return run
         padded = _pad(np.arange(len(pool)), min(s for s in sizes if s >= len(pool)))
@@ -207,12 +213,31 @@ def run_restart(attack, x, start, targets, *, batch_size, judge_every=True, prog
         run.fell[pool[fell]] = True
         run.x_adv[pool[leaving]] = x_adv[leaving]
         run.predictions[pool[leaving]] = predictions[leaving]
-        if progress is not None:
-            spared = (attack.max_iter - run.iterations[pool[fell]]).sum()
-            progress(len(pool) + int(spared), int(fell.sum()))
+        spared = int((attack.max_iter - run.iterations[pool[fell]]).sum())
+        settled, fallen = len(pool) + spared, int(fell.sum())
+
         run.iterations[pool[~leaving]] += 1
-        x_adv = stepped[: len(pool)][~leaving]
-        pool = pool[~leaving]
+        stepped = stepped[: len(pool)][~leaving]
+        before, previous = previous[~leaving], x_adv[~leaving]
+        pool, x_adv = pool[~leaving], stepped
+        skipped = _whole_cycles(before, previous, x_adv, attack.max_iter - run.iterations[pool])
+        run.iterations[pool] += skipped
+        if progress is not None:
+            progress(settled + int(skipped.sum()), fallen)
+
+
+def _whole_cycles(before, previous, x_adv, left):
+    """How many of the iterations `left` (B,) repeat what has been, and can be left out.
+
+    Signed steps of one size inside a box end, after a while, in a fixed point or go to and fro
+    between two: an iterate equal to the last or the last but one starts a cycle of 1 or 2, which
+    the rest of the run repeats. Whole cycles are left out; what remains ends at the same iterate.
+    """
+    period = np.zeros(len(x_adv), int)
+    for earlier, length in ((before, 2), (previous, 1)):
+        is_same = (x_adv == earlier).all(axis=(1, 2, 3))
+        period[is_same] = length
+    return np.where(period > 0, left - left % np.maximum(period, 1), 0)
 
 
 def pool_sizes(batch_size):

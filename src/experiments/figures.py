@@ -51,7 +51,7 @@ ACTIVATION_LABELS = {
     "kwta": "k-WTA",
 }
 OTHER_COLOR = "#666666"  # a model whose activation is not known
-TABLE_START, TABLE_END = "<!-- table -->", "<!-- /table -->"
+TABLE_START = "<!-- table -->"
 
 
 # --------------------------------------------------------------------------- models and results
@@ -671,19 +671,18 @@ def _percent(row, value, error):
     return "–" if row is None else f"{100 * row[value]:.1f} ± {100 * row[error]:.1f}"
 
 
-def put_table_into(path, table):
-    """Rewrites what stands between <!-- table --> and <!-- /table --> in a text file."""
+def put_table_into(path, table, name="table"):
+    """Rewrites what stands between <!-- name --> and <!-- /name --> in a text file."""
     path = Path(path)
+    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{str(path)!r} cannot be read ({error})") from None
-    before, start, rest = text.partition(TABLE_START)
-    _, end, after = rest.partition(TABLE_END)
-    if not (start and end) or TABLE_START in after:
-        raise InputError(
-            f"{str(path)!r} must hold {TABLE_START} and, after it, {TABLE_END}, once each"
-        )
+    before, start, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
+    if not (start and end) or opening in after:
+        raise InputError(f"{str(path)!r} must hold {opening} and, after it, {closing}, once each")
     write_atomically(path, f"{before}{start}\n{table}\n{end}{after}".encode())
 
 

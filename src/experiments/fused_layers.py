@@ -1,14 +1,20 @@
-"""Batch normalisation in one TensorFlow kernel: what a training step is run on.
+"""Batch normalisation and Swish in one kernel each: what a training step is run on.
 
 Keras writes batch normalisation in training mode as a chain of elementwise operations and
-reductions, each of which passes over the whole feature map; on a CPU that is a quarter of
-ResNet20's training step. `fused` gives a model's twin that uses TensorFlow's fused kernel, with the
-same weights in the same order (so `set_weights(get_weights())` carries them over) and the same
-results up to float rounding. What is saved is the original, of Keras' own layers.
+reductions, each of which passes over the whole feature map (on a CPU a quarter of ResNet20's
+training step), and TensorFlow does the same with the gradient of Swish. `fused` gives a model's
+twin that uses one kernel for either, with the same weights in the same order (so
+`set_weights(get_weights())` carries them over) and the same results up to float rounding. What is
+saved is the original, of Keras' own layers.
 """
 
+import math
+
 import keras
+import numpy as np
 import tensorflow as tf
+
+from kernel_expansion import exp2
 
 
 class FusedBatchNormalization(keras.layers.BatchNormalization):
@@ -32,20 +38,51 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         return outputs
 
 
+class FusedSwish(keras.layers.Layer):
+    """x sigmoid(x); only x is kept for the backward pass."""
+
+    def call(self, inputs):
+        return _swish(inputs)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _swish_gradient(x, upstream):
+    # exp2 of kernel_expansion is one vectorised loop with the rest, tf.sigmoid is not
+    exponent = tf.clip_by_value(x * np.float32(-math.log2(math.e)), -126.0, 126.0)
+    sigmoid = 1 / (1 + exp2(exponent))
+    return upstream * sigmoid * (1 + x * (1 - sigmoid))
+
+
+@tf.custom_gradient
+def _swish(x):
+    return tf.nn.silu(x), lambda upstream: _swish_gradient(x, upstream)
+
+
 def fused(model):
-    """A twin of `model` with fused batch normalisation and copies of its weights.
+    """A twin of `model` with fused batch normalisation and Swish, and copies of its weights.
 
     Where there is no fused form (another axis, mixed precision, renorm), Keras' layer stays.
     """
 
     def twin(layer):
-        is_fusable = type(layer) is keras.layers.BatchNormalization and _has_fused_form(layer)
-        copy_class = FusedBatchNormalization if is_fusable else type(layer)
-        return copy_class.from_config(layer.get_config())
+        if type(layer) is keras.layers.BatchNormalization and _has_fused_form(layer):
+            return FusedBatchNormalization.from_config(layer.get_config())
+        if _is_swish(layer):
+            return FusedSwish(name=layer.name)
+        return type(layer).from_config(layer.get_config())
 
     copy = keras.models.clone_model(model, clone_function=twin)
     copy.set_weights(model.get_weights())
     return copy
+
+
+def _is_swish(layer):
+    is_activation = type(layer) is keras.layers.Activation
+    return (
+        is_activation
+        and layer.activation is keras.activations.silu
+        and layer.compute_dtype == "float32"
+    )
 
 
 def _has_fused_form(layer):
