@@ -395,7 +395,7 @@ def attack(quick, arguments):
     from experiments.saved_models import open_model
 
     steps, restarts = (5, 2) if quick else (50, 10)
-    counts = [8, 16] if quick else [50, 200]  # ART plainly: a quarter of an hour
+    counts = [8, 16] if quick else [20, 200]  # ART called plainly takes minutes
     rounds = arguments.rounds or 1
     folder = arguments.model or default_model()
     with open_model(str(folder)) as opened:
