@@ -293,17 +293,13 @@ class AnnealKwta(keras.callbacks.Callback):
         self.step, self.every, self.final, self.start = step, every, final, start
 
     def on_train_begin(self, logs=None):
-        self.layers = [layer for layer in _all_layers(self.model) if isinstance(layer, Kwta)]
+        self.layers = [layer for layer in self.model._flatten_layers() if isinstance(layer, Kwta)]
 
     def on_epoch_begin(self, epoch, logs=None):
         if epoch > self.start and (epoch - self.start) % self.every == 0:
             for layer in self.layers:
                 ratio = float(ops.convert_to_numpy(layer.ratio))
                 layer.ratio.assign(max(ratio - self.step, min(self.final, ratio)))
-
-
-def _all_layers(layer):
-    return layer._flatten_layers()
 
 
 ACTIVATIONS = {

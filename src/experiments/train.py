@@ -5,7 +5,6 @@ python -m experiments.train --dataset cifar10 --architecture resnet20 --activati
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from experiments.datasets import DATASETS, batches, fingerprint, is_augmentable,
 from experiments.fused_layers import fused
 from experiments.lr_policy import TriangularCycle
 from experiments.results import hardware, make_writable, versions, write_atomically
+from experiments.saved_models import file_sha256
 from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe
 
 PROBE_IMAGES = 512
@@ -301,7 +301,7 @@ class ModelFolder:
         partial = self.unfinished / "history.csv"
         pd.DataFrame(history).to_csv(partial, index=False)
         os.replace(partial, self.path / "history.csv")
-        record["model_sha256"] = hashlib.sha256(self.model.read_bytes()).hexdigest()
+        record["model_sha256"] = file_sha256(self.model)
         partial = self.unfinished / "training.json"
         write_json(partial, record)
         os.replace(partial, self.record)
