@@ -1,7 +1,10 @@
-"""Attack saved classifiers with PGD and say how many test images stand.
+"""Attack saved classifiers and say how many test images stand.
 
-    python robustness_eval.py models/NAME                     # a model folder of this project
+    python robustness_eval.py models/NAME                      # PGD; a model folder of this project
     python robustness_eval.py foreign.keras --dataset cifar10  # any Keras classifier
+    python robustness_eval.py models/NAME --attack suite       # several attacks, the worst counts
+    python robustness_eval.py models/NAME --check              # is the evaluation to be trusted?
+    python robustness_eval.py compare models/                  # tables and figure from result files
 
 MODEL is a model folder, a .keras or .h5 file, a SavedModel folder, or a .zip of one. Results go
 to MODEL/robustness/ (model folders), else to robustness/NAME/ beside the model, or to DIR/NAME/
@@ -10,6 +13,7 @@ are counted, under true and under predicted labels, is written in experiments/ev
 """
 
 import argparse
+import json
 import os
 import sys
 from contextlib import ExitStack
@@ -19,7 +23,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # After the log level, which TensorFlow reads once; TensorFlow itself is imported in `run`, when
 # the settings are known to be possible.
 from experiments import InputError, results
-from experiments.results import AttackSettings, check_count
+from experiments.results import (
+    ATTACKS,
+    DEFAULT_N,
+    DEFAULTS,
+    AttackSettings,
+    check_count,
+    make_writable,
+    write_atomically,
+)
+
+CHECK_N = 64
 
 
 def parse(argv=None):
@@ -36,12 +50,24 @@ def parse(argv=None):
     )
     parser.add_argument("--data-dir", metavar="D", help="folder of cifar-10-batches-py")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--n", type=int, default=1000, help="first N test images (1000)")
+    size.add_argument(
+        "--n", type=int, help=f"first N test images ({DEFAULT_N}; {CHECK_N} to check)"
+    )
     size.add_argument("--all", action="store_true", help="all test images")
+    parser.add_argument(
+        "--attack",
+        choices=ATTACKS,
+        default="pgd",
+        help="pgd (default); suite: apgd-ce, apgd-t, square, pgd, each on what still stands",
+    )
     parser.add_argument("--eps", type=float, default=8, help="L-inf radius in 255ths (8)")
-    parser.add_argument("--step", type=float, default=2, help="step size in 255ths (2)")
-    parser.add_argument("--steps", type=int, default=50, help="iterations (50)")
-    parser.add_argument("--restarts", type=int, default=10, help="random restarts (10)")
+    parser.add_argument("--step", type=float, help="step size of pgd in 255ths (2)")
+    for name, what in (
+        ("steps", "iterations, of square: queries"),
+        ("restarts", "random restarts"),
+    ):
+        own = ", ".join(f"{a} {d[name]}" for a, d in DEFAULTS.items() if d[name])
+        parser.add_argument(f"--{name}", type=int, help=f"{what} ({own})")
     parser.add_argument(
         "--labels",
         nargs="+",
@@ -52,14 +78,39 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the random starts (0)")
     parser.add_argument("--batch-size", type=int, default=128, help="images at a time (128)")
     parser.add_argument("--out", metavar="DIR", help="results go to DIR/NAME/")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="sanity checks (Carlini et al. 2019) instead; exit code 1 if one fails",
+    )
+    parser.add_argument(
+        "--transfer-from",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="with --check: attack these too",
+    )
+    parser.add_argument(
+        "--save-examples", type=int, metavar="K", help="draw the first K fallen images (.png)"
+    )
+    parser.add_argument(
+        "--save-adversarial", action="store_true", help="keep the attacked images (.npz)"
+    )
     parser.add_argument("--force", action="store_true", help="repeat finished evaluations")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """The command. Returns its exit code: 0, or 2 if something given cannot be used."""
+    """The command. Returns its exit code: 0; 1 if a check failed; 2 if something cannot be used."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        from experiments import comparison
+
+        return comparison.main(argv[1:])
     arguments = parse(argv)
     try:
+        if arguments.check:
+            return 0 if check(arguments) else 1
         print(run(arguments))
     except InputError as error:
         print(f"robustness_eval.py: error: {error}", file=sys.stderr)
@@ -74,8 +125,9 @@ def run(arguments):
     """Evaluate every model under every protocol asked for; returns the table."""
     protocols = [
         AttackSettings(
+            attack=arguments.attack,
             epsilon=arguments.eps / 255,
-            alpha=arguments.step / 255,
+            alpha=None if arguments.step is None else arguments.step / 255,
             steps=arguments.steps,
             restarts=arguments.restarts,
             labels=labels,
@@ -83,20 +135,13 @@ def run(arguments):
         )
         for labels in dict.fromkeys(arguments.labels)
     ]
-    check_count("--n", arguments.n, 1)
-    check_count("--batch-size", arguments.batch_size, 1)
+    check_counts(arguments, DEFAULT_N)
 
     from experiments import evaluation
-    from experiments.saved_models import open_model
 
     summaries = []
     with ExitStack() as stack:
-        # All are opened before the first is attacked: a bad one shows at once.
-        models = [stack.enter_context(open_model(path)) for path in arguments.models]
-        refuse_clashes(models, arguments.out, evaluation.result_folder)
-        data = {
-            name: test_images(name, arguments) for name in {_dataset(m, arguments) for m in models}
-        }
+        models, data = opened(arguments, stack)
         for model in models:
             dataset = _dataset(model, arguments)
             x, y, classes = data[dataset]
@@ -112,11 +157,120 @@ def run(arguments):
                         out=arguments.out,
                         batch_size=arguments.batch_size,
                         force=arguments.force,
+                        keep_images=bool(arguments.save_examples or arguments.save_adversarial),
                         progress=progress,
                         say=print,
                     )
                 summaries.append(result.summary)
+                folder = evaluation.result_folder(model, arguments.out)
+                if arguments.save_adversarial:
+                    print(evaluation.save_adversarial(result, folder))
+                if arguments.save_examples:
+                    print(save_examples(model, x, y, result, folder, arguments.save_examples))
     return results.results_table(summaries)
+
+
+def check_counts(arguments, default_n):
+    if arguments.n is None:
+        arguments.n = default_n
+    check_count("--n", arguments.n, 1)
+    check_count("--batch-size", arguments.batch_size, 1)
+    if arguments.save_examples is not None:
+        check_count("--save-examples", arguments.save_examples, 1)
+
+
+def opened(arguments, stack):
+    """The models, and {data set: (x, y, classes)}; all is opened before anything is attacked."""
+    from experiments import evaluation
+    from experiments.saved_models import open_model
+
+    models = [stack.enter_context(open_model(path)) for path in arguments.models]
+    refuse_clashes(models, arguments.out, evaluation.result_folder)
+    names = {_dataset(model, arguments) for model in models}
+    return models, {name: test_images(name, arguments) for name in names}
+
+
+def check(arguments):
+    """Run the sanity checks on every model, print them, keep them; returns whether all passed."""
+    check_counts(arguments, CHECK_N)
+    settings = AttackSettings(
+        epsilon=arguments.eps / 255,
+        alpha=None if arguments.step is None else arguments.step / 255,
+        steps=arguments.steps,
+        seed=arguments.seed,
+    )
+
+    from experiments import evaluation, figures, results, sanity_checks
+    from experiments.saved_models import open_model
+
+    passed = True
+    with ExitStack() as stack:
+        models, data = opened(arguments, stack)
+        others = [stack.enter_context(open_model(path)) for path in arguments.transfer_from]
+        for model in models:
+            dataset = _dataset(model, arguments)
+            x, y, classes = data[dataset]
+            folder = evaluation.result_folder(model, arguments.out)
+            make_writable(folder)
+            report = sanity_checks.check_model(
+                model.model,
+                x,
+                y,
+                epsilon=settings.epsilon,
+                alpha=settings.alpha,
+                steps=settings.steps,
+                seed=settings.seed,
+                batch_size=arguments.batch_size,
+                classes=classes,
+                transfer_from=[(o.name, o.model) for o in others if o.sha256 != model.sha256],
+            )
+            print("\n".join([f"{model.name}, first {len(x)} test images of {dataset}"]))
+            print("\n".join(report.lines()))
+            stem = settings.stem(len(x), dataset).replace("pgd", "checks", 1)
+            record = {
+                "format": "checks-1",
+                "model": model.name,
+                "model_sha256": model.sha256,
+                "dataset": dataset,
+                "n": len(x),
+                **report.as_dict(),
+                "versions": results.versions(),
+            }
+            path = folder / f"{stem}.json"
+            write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+            axes = sanity_checks.robustness_curve({model.name: report.curve})
+            figures.save(axes.figure, path.with_suffix(".png"))
+            print(f"{path} and .png\n")
+            passed &= report.passed
+    return passed
+
+
+def save_examples(model, x, y, result, folder, count):
+    """Draw the first `count` fallen images beside the result; returns the path."""
+    import numpy as np
+
+    from experiments import datasets, figures
+    from experiments.saved_models import logits_of
+
+    rows = result.images
+    is_clean = rows["label"] == rows["clean_prediction"]
+    fell = np.flatnonzero(is_clean & (rows["label"] != rows["adversarial_prediction"]))[:count]
+    if not len(fell):
+        return f"{model.name}: no image fell, so there are no examples to draw"
+    logits, _ = logits_of(model.model, x[:2])
+    clean, attacked = (np.asarray(logits(z[fell], training=False)) for z in (x, result.x_adv))
+    figure = figures.adversarial_examples(
+        x[fell],
+        result.x_adv[fell],
+        y[fell],
+        clean,
+        attacked,
+        datasets.class_names(result.summary["dataset"]["name"]),
+        fell,
+    )
+    path = folder / f"{result.stem}-examples.png"
+    figures.save(figure, path)
+    return path
 
 
 def _dataset(model, arguments):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from experiments import InputError, evaluation
+from experiments import InputError, evaluation, results
 from experiments.attacks import CompiledClassifier
 from experiments.evaluation import AttackSettings, evaluate, evaluate_saved
 from experiments.saved_models import open_model
@@ -385,3 +385,193 @@ def test_defaults_are_the_published_attack():
     assert settings.epsilon == pytest.approx(8 / 255)
     assert settings.alpha == pytest.approx(2 / 255)
     assert (settings.steps, settings.restarts, settings.labels) == (50, 10, "true")
+
+
+# --------------------------------------------------------------------------- attacks by name
+
+TEN = 10
+
+
+@pytest.fixture(scope="module")
+def ten_classes():
+    """A small CNN of ten classes and 40 images of which it gets most right."""
+    keras.utils.set_random_seed(4)
+    generator = np.random.default_rng(5)
+    y = np.arange(40) % TEN
+    centres = generator.uniform(0.2, 0.8, (TEN, *SHAPE))
+    x = np.clip(centres[y] + generator.normal(0, 0.1, (40, *SHAPE)), 0, 1).astype("float32")
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            layers.Input(SHAPE),
+            layers.Conv2D(8, 3, activation="relu"),
+            layers.Flatten(),
+            layers.Dense(TEN),
+        ]
+    )
+    model.compile(
+        keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    model.fit(x, y, epochs=12, verbose=0)
+    return model, x, y
+
+
+@pytest.fixture
+def short_suite(monkeypatch):
+    """The suite's members with fewer steps."""
+    short = {
+        "apgd-ce": {"alpha": None, "steps": 10, "restarts": 1},
+        "apgd-t": {"alpha": None, "steps": 6, "restarts": 9},
+        "square": {"alpha": None, "steps": 60, "restarts": 1},
+        "pgd": {"alpha": ALPHA, "steps": 10, "restarts": 3},
+    }
+    for name, defaults in short.items():
+        monkeypatch.setitem(results.DEFAULTS, name, defaults)
+
+
+SUITE_EPSILON = 0.045  # fells some of the images, by more than one member
+
+
+def test_suite_is_never_above_its_members(ten_classes, short_suite):
+    suite = evaluate(*ten_classes, attack="suite", epsilon=SUITE_EPSILON)
+    stands = suite.images["label"] == suite.images["adversarial_prediction"]
+    assert 0 < stands.sum() < suite.summary["clean_accuracy"] * 40
+    for name in results.SUITE:
+        alone = evaluate(*ten_classes, attack=name, epsilon=SUITE_EPSILON)
+        alone_stands = alone.images["label"] == alone.images["adversarial_prediction"]
+        assert not (stands & ~alone_stands).any(), name
+
+
+def test_suite_can_be_recounted_from_its_csv(ten_classes, short_suite, tmp_path):
+    result = evaluate(*ten_classes, attack="suite", epsilon=SUITE_EPSILON)
+    result.write(tmp_path)
+    rows = pd.read_csv(tmp_path / f"{result.stem}.csv")
+    clean = rows.label == rows.clean_prediction
+    robust = clean & (rows.label == rows.adversarial_prediction)
+    fell = rows.felled_by.value_counts()
+
+    summary = result.summary
+    assert summary["robust_accuracy"] == robust.mean()
+    assert summary["clean_accuracy"] == clean.mean()
+    standing = clean.sum()
+    for member in summary["attack"]["members"]:
+        assert member["fell"] == fell.get(member["name"], 0)
+        assert member["attacked"] == standing
+        standing -= member["fell"]
+    assert standing == robust.sum()
+    assert (rows.felled_by.notna() == (clean & ~robust)).all()
+
+
+def test_interrupted_suite_repeats_no_finished_work(
+    ten_classes, short_suite, tmp_path, monkeypatch
+):
+    whole = evaluate(*ten_classes, attack="suite", epsilon=SUITE_EPSILON)
+    calls = []
+    original = evaluation._State.save
+
+    def save(self, path, key):
+        original(self, path, key)
+        calls.append(self.units_done)
+        if self.units_done == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation._State, "save", save)
+    partial = tmp_path / "partial.npz"
+    kwargs = {"attack": "suite", "epsilon": SUITE_EPSILON, "partial": partial}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*ten_classes, **kwargs)
+    with np.load(partial) as kept:
+        done = int(kept["gradient_calls"])
+    monkeypatch.setattr(evaluation._State, "save", original)
+
+    counted = []
+    loss_gradient = CompiledClassifier.loss_gradient
+    differentiable = CompiledClassifier.differentiable
+
+    def count(self, *args, **kwargs):
+        counted.append(1)
+        return loss_gradient(self, *args, **kwargs)
+
+    def count_compiled(self, loss):
+        compiled = differentiable(self, loss)
+
+        def call(*args):
+            counted.append(1)
+            return compiled(*args)
+
+        return call
+
+    monkeypatch.setattr(CompiledClassifier, "loss_gradient", count)
+    monkeypatch.setattr(CompiledClassifier, "differentiable", count_compiled)
+    resumed = evaluate(*ten_classes, **kwargs)
+    assert 0 < done and done + len(counted) == whole.summary["gradient_calls"]
+    assert csv(resumed, tmp_path / "resumed") == csv(whole, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("attack", results.ATTACKS)
+def test_every_attack_keeps_its_promises(ten_classes, short_suite, attack):
+    model, x, y = ten_classes
+    kwargs = {"steps": 8} if attack in ("deepfool", "cw") else {}
+    result = evaluate(model, x[:20], y[:20], attack=attack, epsilon=0.1, **kwargs)
+    assert np.abs(result.x_adv - x[:20]).max() <= 0.1 + 1e-6
+    assert result.summary["robust_accuracy"] < result.summary["clean_accuracy"]
+    assert result.summary["attack"]["name"] == attack
+    again = model.predict(result.x_adv, verbose=0).argmax(axis=-1)
+    np.testing.assert_array_equal(again, result.images["adversarial_prediction"])
+    unchanged = evaluate(model, x[:20], y[:20], attack=attack, epsilon=0, **kwargs)
+    assert unchanged.summary["robust_accuracy"] == unchanged.summary["clean_accuracy"]
+
+
+def test_fgsm_is_one_signed_step_from_the_clean_image(ten_classes):
+    model, x, y = ten_classes
+    result = evaluate(model, x, y, attack="fgsm", epsilon=0.02)
+    with tf.GradientTape() as tape:
+        images = tf.constant(x)
+        tape.watch(images)
+        loss = keras.losses.sparse_categorical_crossentropy(y, model(images), from_logits=True)
+    sign = np.sign(tape.gradient(loss, images))
+    attacked = np.clip(x + 0.02 * sign, 0, 1)
+    clean = (result.images["label"] == result.images["clean_prediction"]).to_numpy()
+    np.testing.assert_allclose(result.x_adv[clean], attacked[clean], atol=1e-6)
+
+
+def test_a_hidden_adversarial_example_is_found():
+    """A gradient of 1e-9 points to one corner of the ball; only there the class changes."""
+    generator = np.random.default_rng(7)
+    direction = np.sign(generator.normal(size=PIXELS)).astype("float32")
+    x = np.full((1, *SHAPE), 0.5, "float32")
+
+    def model(images, training=False):
+        along = tf.linalg.matvec(tf.reshape(images - 0.5, (-1, PIXELS)), direction)
+        corner = EPSILON * PIXELS
+        spike = 100 * tf.nn.relu(along - 0.99 * corner) - 0.1
+        return tf.stack([tf.zeros_like(along), spike + 1e-9 * along], axis=-1)
+
+    y = np.array([0])
+    for attack in ("pgd", "apgd-ce"):
+        found = evaluate(model, x, y, attack=attack, epsilon=EPSILON)
+        assert found.summary["robust_accuracy"] == 0, attack
+    below = evaluate(model, x, y, epsilon=0.98 * EPSILON)
+    assert below.summary["robust_accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"attack": "autoattack"}, "must be one of pgd"),
+        ({"attack": "suite", "steps": 5}, "chooses its own steps"),
+        ({"attack": "square", "alpha": 0.1}, "chooses its own alpha"),
+        ({"attack": "fgsm", "steps": 2}, "one step"),
+        ({"attack": "deepfool", "restarts": 2}, "nothing random"),
+        ({"attack": "suite", "labels": "predicted"}, "labels true"),
+        ({"attack": "apgd-t"}, "at least 4 classes"),
+    ],
+)
+def test_impossible_attacks_are_refused(cnn, data, settings, reason):
+    with pytest.raises(InputError, match=reason):
+        evaluate(cnn, *data, **settings)
+
+
+def test_more_targets_than_other_classes_are_refused(ten_classes):
+    with pytest.raises(InputError, match="allow 9 restarts; got 10"):
+        evaluate(*ten_classes, attack="apgd-t", restarts=10)

@@ -234,4 +234,4 @@ def restarts_done(partial):
     if not partial.exists():
         return 0
     with np.load(partial) as kept:
-        return int(kept["restarts_done"])
+        return int(kept["units_done"])

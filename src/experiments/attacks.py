@@ -1,6 +1,10 @@
 """Attack a classifier image by image: IBM ART's attacks, run so that no work is wasted.
 
-The mathematics of an attack is ART's own: `PGD` is its `ProjectedGradientDescentTensorFlowV2`
+`PGD` and `FGSM`, `DeepFool` and `CarliniWagner` are ART's; what ART lacks for TensorFlow is in
+`experiments.apgd` and `experiments.square`, on the `BatchAttack` here. All have
+`run(x, y, images, restart, ...) -> Run`.
+
+The mathematics of PGD is ART's own: it is its `ProjectedGradientDescentTensorFlowV2`
 (Madry et al. 2018, arXiv 1706.06083) with another outer loop. What is different from calling it
 plainly, and why the verdict is the same:
 
@@ -36,7 +40,11 @@ from experiments import InputError
 # (absl's, and with it a captured stderr), and warns that PyTorch, which is not used, is missing.
 with warnings.catch_warnings(), mock.patch("logging.config.dictConfig"):
     warnings.simplefilter("ignore")
-    from art.attacks.evasion import ProjectedGradientDescentTensorFlowV2
+    from art.attacks.evasion import (
+        CarliniLInfMethod,
+        ProjectedGradientDescentTensorFlowV2,
+    )
+    from art.attacks.evasion import DeepFool as ArtDeepFool
     from art.estimators.classification import TensorFlowV2Classifier
 
 
@@ -49,6 +57,7 @@ class CompiledClassifier(TensorFlowV2Classifier):
     Attributes:
         last_logits: (B, classes), of the forward pass of the last `loss_gradient`.
         gradient_calls: how many gradients were computed, in batches.
+        forward_calls: how many batches were predicted without a gradient.
     """
 
     def __init__(self, model, classes, input_shape):
@@ -62,6 +71,8 @@ class CompiledClassifier(TensorFlowV2Classifier):
         )
         self.last_logits = None
         self.gradient_calls = 0
+        self.forward_calls = 0
+        self._class_gradient = None
         images = tf.TensorSpec((None, *input_shape), tf.float32)
         targets = tf.TensorSpec((None, classes), tf.float32)
 
@@ -90,7 +101,46 @@ class CompiledClassifier(TensorFlowV2Classifier):
     def predict(self, x, batch_size=128, training_mode=False, **kwargs):
         """Logits (N, classes), in chunks (ART's own `predict` ignores `batch_size`)."""
         chunks = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
+        self.forward_calls += len(chunks)
         return np.concatenate([self._logits(tf.constant(c, tf.float32)).numpy() for c in chunks])
+
+    def differentiable(self, loss):
+        """Compile a loss of the logits for use on batches, each call counted as a gradient.
+
+        Args:
+            loss: function (logits (B, classes), *labels (B,) int) -> (B,).
+
+        Returns:
+            Function (x (B, H, W, C), *labels) -> loss (B,), logits (B, classes), and the gradient
+            of the summed loss in x, NumPy arrays.
+        """
+
+        @tf.function(reduce_retracing=True)
+        def compiled(x, *labels):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(x)
+                logits = tf.cast(self.model(x, training=False), tf.float32)
+                losses = loss(logits, *labels)
+            return losses, logits, tape.gradient(losses, x)
+
+        def loss_logits_gradient(x, *labels):
+            self.gradient_calls += 1
+            labels = (tf.constant(label, tf.int32) for label in labels)
+            return [v.numpy() for v in compiled(tf.constant(x, tf.float32), *labels)]
+
+        return loss_logits_gradient
+
+    def class_gradient(self, x, label=None, training_mode=False, **kwargs):
+        """Gradient of logits in x, (B, K, H, W, C): of class(es) `label` (K = 1), or of all."""
+        if self._class_gradient is None:
+            self._class_gradient = self.differentiable(
+                lambda logits, y: tf.gather(logits, y, batch_dims=1)
+            )
+        classes = range(self.nb_classes) if label is None else [label]
+        gradients = [
+            self._class_gradient(x, np.broadcast_to(np.asarray(c), len(x)))[2] for c in classes
+        ]
+        return np.stack(gradients, axis=1)
 
     def check_gradient(self, x, y):
         """Refuse a model through which no gradient passes, with the reason. x (B, ...), y (B,)."""
@@ -121,6 +171,20 @@ class PGD(ProjectedGradientDescentTensorFlowV2):
             classifier, eps=float(epsilon), eps_step=float(alpha), max_iter=steps, verbose=False
         )
 
+    def start(self, x, image, restart, seed):
+        """First iterate for one image x (H, W, C)."""
+        return random_start(x, epsilon=self.eps, seed=seed, image=image, restart=restart)
+
+    def run(self, x, y, images, restart, *, seed, batch_size, judge_every=True, progress=None):
+        """One restart on N images, `images` (N,) being their numbers, as `run_restart` does it."""
+
+        def start(i):
+            return self.start(x[i], int(images[i]), restart, seed)
+
+        return run_restart(
+            self, x, start, y, batch_size=batch_size, judge_every=judge_every, progress=progress
+        )
+
     def step(self, x_adv, x, targets):
         """One iteration: gradient, signed step of alpha, clip to [0, 1], project to the ball.
 
@@ -143,6 +207,163 @@ class PGD(ProjectedGradientDescentTensorFlowV2):
         )
         # x + (x_adv - x) may leave [0, 1] by one rounding; ART does not mind, we check for it.
         return np.clip(stepped.numpy(), 0.0, 1.0), self.estimator.last_logits.numpy()
+
+
+class FGSM(PGD):
+    """One signed step of epsilon from the clean image (Goodfellow et al. 2015, arXiv 1412.6572)."""
+
+    def __init__(self, classifier, *, epsilon):
+        # ART wants a step above 0; projection makes it 0 where epsilon is.
+        super().__init__(classifier, epsilon=epsilon, alpha=max(epsilon, 1e-9), steps=1)
+
+    def start(self, x, image, restart, seed):
+        return x
+
+
+def project(x_adv, x, epsilon):
+    """Nearest point of the epsilon-ball around x (..., H, W, C) and of [0, 1]; float32."""
+    return np.clip(np.clip(x_adv, x - epsilon, x + epsilon), 0.0, 1.0).astype("float32")
+
+
+class BatchAttack:
+    """An attack that looks at points one after the other; images that fall leave the batch.
+
+    Subclasses say where it begins, what it looks at, and where it goes next. All they keep for B
+    images is a dict of arrays (B, ...), of which `x`, `y` and `x_adv` must be there, so that
+    what is left of a batch is the same as a smaller batch.
+
+    Args:
+        steps: points after the first.
+    """
+
+    def __init__(self, classifier, *, epsilon, steps):
+        self.classifier, self.epsilon, self.steps = classifier, float(epsilon), steps
+
+    def begin(self, x, y, images, restart, seed):
+        """The state (dict of arrays) with the first point, `x_adv` (B, H, W, C)."""
+        raise NotImplementedError
+
+    def look(self, state):
+        """Logits (B, classes) at `x_adv`, and whatever else `propose` needs, a dict of (B, ...)."""
+        raise NotImplementedError
+
+    def propose(self, state, found, iteration):
+        """Change `state` so that `x_adv` is the next point; `iteration` (from 0) was the last."""
+        raise NotImplementedError
+
+    def run(self, x, y, images, restart, *, seed, batch_size, judge_every=True, progress=None):
+        """Attack N images; each falls at the first point where it is not predicted as y (N,).
+
+        Args:
+            images: numbers (N,) of the images, which name their random draws.
+            judge_every: must be True; here for the same call as PGD's.
+            progress: as in `run_restart`.
+        """
+        if not judge_every:
+            raise InputError("only pgd and fgsm can be judged at the last iterate alone")
+        run = Run(
+            np.empty_like(x), np.empty(len(x), int), np.zeros(len(x), int), np.zeros(len(x), bool)
+        )
+        sizes = pool_sizes(batch_size)
+        for first in range(0, len(x), batch_size):
+            at = np.arange(first, min(first + batch_size, len(x)))  # positions in x
+            state = self.begin(x[at], y[at], images[at], restart, seed)
+            for iteration in range(self.steps + 1):
+                size = min(s for s in sizes if s >= len(at))
+                seen = state
+                if size > len(at):
+                    padded = _pad(np.arange(len(at)), size)
+                    seen = {name: value[padded] for name, value in state.items()}
+                logits, found = self.look(seen)
+                if not np.all(np.isfinite(logits)):
+                    raise InputError("the model gives NaN or infinite outputs under attack")
+                predictions = logits[: len(at)].argmax(axis=-1)
+                fell = predictions != y[at]
+                leaving = fell | (iteration == self.steps)
+                run.fell[at[fell]] = True
+                run.iterations[at[leaving]] = iteration
+                run.x_adv[at[leaving]] = state["x_adv"][leaving]
+                run.predictions[at[leaving]] = predictions[leaving]
+                if progress is not None:
+                    spared = int(fell.sum()) * (self.steps - iteration)
+                    progress(len(at) + spared, int(fell.sum()))
+                found = {name: value[: len(at)][~leaving] for name, value in found.items()}
+                if leaving.any():
+                    state = {name: value[~leaving] for name, value in state.items()}
+                    at = at[~leaving]
+                if not len(at):
+                    break
+                self.propose(state, found, iteration)
+        return run
+
+
+class _MinimalPerturbation:
+    """ART attacks that look for a small perturbation and know no epsilon: cut to the ball after.
+
+    `iterations` of their runs is the number they were allowed.
+    """
+
+    def __init__(self, classifier, *, epsilon, steps):
+        self.classifier, self.epsilon, self.steps = classifier, float(epsilon), steps
+
+    def perturbed(self, x, y):
+        """ART's x_adv (B, H, W, C) for images x with labels y (B,), not yet in the ball."""
+        raise NotImplementedError
+
+    def run(self, x, y, images, restart, *, seed, batch_size, judge_every=True, progress=None):
+        """Attack N images, `batch_size` at a time; nothing is random."""
+        run = Run(x.copy(), y.copy(), np.full(len(x), self.steps), np.zeros(len(x), bool))
+        for first in range(0, len(x), batch_size):
+            at = slice(first, first + batch_size)
+            x_adv = np.clip(
+                self.perturbed(x[at], y[at]), x[at] - self.epsilon, x[at] + self.epsilon
+            )
+            run.x_adv[at] = np.clip(x_adv, 0.0, 1.0)
+            run.predictions[at] = self.classifier.predict(run.x_adv[at], batch_size).argmax(axis=-1)
+            run.fell[at] = run.predictions[at] != y[at]
+            if progress is not None:
+                progress(len(x[at]) * (self.steps + 1), int(run.fell[at].sum()))
+        return run
+
+
+class DeepFool(_MinimalPerturbation):
+    """ART's DeepFool (Moosavi-Dezfooli et al. 2016, arXiv 1511.04599), an L2 attack."""
+
+    def perturbed(self, x, y):
+        attack = ArtDeepFool(
+            self.classifier,
+            max_iter=self.steps,
+            nb_grads=self.classifier.nb_classes,
+            batch_size=len(x),
+            verbose=False,
+        )
+        return attack.generate(x)
+
+
+class CarliniWagner(_MinimalPerturbation):
+    """ART's L-inf attack of Carlini & Wagner 2017 (arXiv 1608.04644), at tau = epsilon.
+
+    ART lowers tau from 1 until it finds no adversarial example, minutes for an image; whether there
+    is one within epsilon needs tau = epsilon alone. The constant c is tried at 0.01, 0.1, 1, 10;
+    what fools the model after the cut to the ball is kept.
+    """
+
+    CONSTANTS = (0.01, 0.1, 1.0, 10.0)
+
+    def perturbed(self, x, y):
+        attack = CarliniLInfMethod(self.classifier, max_iter=self.steps, verbose=False)
+        one_hot = np.eye(self.classifier.nb_classes, dtype="float32")[y]
+        x_adv = x.copy()
+        for i in range(len(x)):
+            for const in self.CONSTANTS:
+                image = x[i : i + 1]
+                found = attack._generate_single(
+                    image, one_hot[i : i + 1], 0.0, 1.0, const=const, tau=self.epsilon
+                )
+                x_adv[i] = project(found, image, self.epsilon)[0]
+                if self.classifier.predict(x_adv[i : i + 1]).argmax() != y[i]:
+                    break
+        return x_adv
 
 
 def random_start(x, *, epsilon, seed, image, restart):

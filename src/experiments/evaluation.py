@@ -17,11 +17,16 @@ Two label protocols, never to be confused (`--labels`):
   high, and every key of the summary that holds it ends in `_predicted_labels`. (The published
   evaluation, ART 1.3.3, kept the best whole run of its restarts; this is per image, as ART is now.)
 
+Attacks (`experiments.results.ATTACKS`): `pgd` unless told otherwise; `suite` runs several, each on
+what the ones before left standing, and an image is robust if it stands under all of them: the worst
+case per image, never above the figure of any of its members. It is not the standard AutoAttack
+(Croce & Hein 2020), which has FAB where this has PGD, and 5,000 queries of Square.
+
 A result is two files, `NAME.json` and `NAME.csv` (`experiments.results`). NAME is
-`ATTACK-STEPS-RESTARTS-LABELS`, e.g. `pgd-50-10-true`, followed by whatever is not the default:
-`-digits` (data set), `-n256` (number of images), `-eps4`, `-step1` (in 255ths), `-seed1`. Results
-of other settings thus have other names; a file of the same name that belongs to another model or
-to other images is not overwritten unless forced.
+`ATTACK-STEPS-RESTARTS-LABELS`, e.g. `pgd-50-10-true` or `suite-true`, followed by whatever is not
+the default: `-digits` (data set), `-n256` (number of images), `-eps4`, `-step1` (in 255ths),
+`-seed1`. Results of other settings thus have other names; a file of the same name that belongs to
+another model or to other images is not overwritten unless forced.
 """
 
 import contextlib
@@ -30,7 +35,7 @@ import io
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,12 +44,14 @@ import pandas as pd
 import tensorflow as tf
 
 from experiments import InputError
+from experiments.apgd import APGD
 from experiments.attacks import (
+    FGSM,
     PGD,
+    CarliniWagner,
     CompiledClassifier,
+    DeepFool,
     check_perturbation,
-    random_start,
-    run_restart,
 )
 from experiments.datasets import fingerprint
 from experiments.results import (
@@ -60,8 +67,21 @@ from experiments.results import (
     write_atomically,
 )
 from experiments.saved_models import logits_of
+from experiments.square import Square
 
 __all__ = ["AttackSettings", "Evaluation", "evaluate", "evaluate_saved", "read_results"]
+
+IMPLEMENTATIONS = {
+    "pgd": "IBM ART ProjectedGradientDescentTensorFlowV2, own outer loop",
+    "fgsm": "IBM ART ProjectedGradientDescentTensorFlowV2, one step from the clean image",
+    "apgd-ce": "experiments.apgd",
+    "apgd-dlr": "experiments.apgd",
+    "apgd-t": "experiments.apgd, targeted DLR",
+    "square": "experiments.square",
+    "deepfool": "IBM ART DeepFool (L2), its result cut to the L-inf ball",
+    "cw": "IBM ART CarliniLInfMethod at tau = epsilon, its result cut to the L-inf ball",
+    "suite": "each member on what the ones before left standing",
+}
 
 HOW_COUNTED = {
     "true": (
@@ -85,10 +105,11 @@ def evaluate(
     x,
     y,
     *,
+    attack="pgd",
     epsilon=8 / 255,
-    alpha=2 / 255,
-    steps=50,
-    restarts=10,
+    alpha=None,
+    steps=None,
+    restarts=None,
     labels="true",
     seed=0,
     batch_size=128,
@@ -104,27 +125,30 @@ def evaluate(
     Args:
         model: Keras model, or callable f(x, training=False), giving logits or probabilities.
         x: images (N, H, W, C), float32 in [0, 1]. y: true labels (N,), int.
-        epsilon, alpha, steps, restarts: PGD (Madry et al. 2018), in the units of x.
+        attack: one of `experiments.results.ATTACKS`.
+        epsilon: L-inf radius in the units of x.
+        alpha, steps, restarts: None for the attack's own (`AttackSettings`).
         labels: "true" or "predicted".
         seed: of the random starts, each drawn from (seed, index of the image, restart).
         batch_size: images attacked together; does not change what is drawn.
         progress: called as progress(done, total, standing), done and total in image iterations.
         dataset, model_name, model_sha256: for the record.
         classes: the number of outputs that is expected, where known.
-        partial: path of a file that keeps the state after each restart. If it exists and belongs
-            to this evaluation, its restarts are not repeated; it is left for the caller to remove.
+        partial: path of a file that keeps the state after each restart of each attack. If it exists
+            and belongs to this evaluation, its restarts are not repeated; it is left for the caller
+            to remove.
 
     Returns:
         An Evaluation; the same in every figure for the same model, images, settings and seed.
     """
-    settings = AttackSettings("pgd", epsilon, alpha, steps, restarts, labels, seed)
+    settings = AttackSettings(attack, epsilon, alpha, steps, restarts, labels, seed)
     check_count("batch_size", batch_size, 1)
     x, y = _check_images(x, y)
     print_of_data = fingerprint(x, y)
     classifier, outputs, clean = _classifier(model, x, y, classes, batch_size)
 
     key = _key(settings, print_of_data, model_sha256, clean)
-    state = _State.resume(partial, key) or _State.start(x, clean)
+    state = _State.resume(partial, key) or _State.start(x, clean, len(settings.members))
     state.save(partial, key)  # before the attack, so that a folder that cannot be written shows
     _attack(classifier, x, y, clean, settings, state, batch_size, progress, partial, key)
 
@@ -133,14 +157,17 @@ def evaluate(
         raise RuntimeError("the attack changed the images it was given")
     again = classifier.predict(state.x_adv, batch_size).argmax(axis=-1)
 
-    images = _image_table(y, clean, state, linf)
+    images = _image_table(y, clean, settings, state, linf)
     summary = _summary(settings, images, dataset, print_of_data, batch_size, outputs)
+    if attack == "suite":
+        summary["attack"]["members"] = _members(settings, images, state)
     summary |= {
         "model": model_name,
         "model_sha256": model_sha256,
         # Not 0: float rounding at a decision boundary, or (if many) a randomised model.
         "attacked_predictions_not_reproduced": int((again != state.prediction).sum()),
-        "seconds": round(state.seconds, 1),
+        "gradient_calls": int(state.gradient_calls),  # batches; interrupted restarts not counted
+        "seconds": round(float(state.seconds.sum()), 1),
     }
     return Evaluation(images, summary, state.x_adv)
 
@@ -210,51 +237,82 @@ def _check_input_shape(model, image_shape):
         )
 
 
+def _attack_named(settings, classifier):
+    """The attack of one member, with `run`; refused if the model has too few classes for it."""
+    kwargs = {"epsilon": settings.epsilon, "steps": settings.steps}
+    match settings.attack:
+        case "pgd":
+            return PGD(classifier, alpha=settings.alpha, **kwargs)
+        case "fgsm":
+            return FGSM(classifier, epsilon=settings.epsilon)
+        case "square":
+            return Square(classifier, **kwargs)
+        case "deepfool":
+            return DeepFool(classifier, **kwargs)
+        case "cw":
+            return CarliniWagner(classifier, **kwargs)
+        case name:
+            return APGD(classifier, name, **kwargs)
+
+
+def _units(settings):
+    """What is run, and saved when done: (member, its number, restart), in order."""
+    return [
+        (member, number, restart)
+        for number, member in enumerate(settings.members)
+        for restart in range(1, member.restarts + 1)
+    ]
+
+
 def _attack(classifier, x, y, clean, settings, state, batch_size, progress, partial, key):
     """Run the restarts that `state` does not have yet; it is saved after each one."""
-    attack = PGD(classifier, epsilon=settings.epsilon, alpha=settings.alpha, steps=settings.steps)
+    attacks = [_attack_named(member, classifier) for member in settings.members]
+    for member in settings.members:
+        if member.attack == "apgd-t" and member.restarts > classifier.nb_classes - 1:
+            raise InputError(
+                "apgd-t aims at one other class per restart, so the model's "
+                f"{classifier.nb_classes} classes allow {classifier.nb_classes - 1} restarts; "
+                f"got {member.restarts}"
+            )
     is_true = settings.labels == "true"
     targets = y if is_true else clean
     # True labels: an image that is wrong when clean is lost already.
-    standing = (clean == y if is_true else np.ones(len(x), bool)) & ~state.fell
-    meter = _Meter(progress, settings, standing, state)
-    while state.restarts_done < settings.restarts:
-        began = time.monotonic()
-        restart = state.restarts_done + 1
+    standing = (clean == y if is_true else np.ones(len(x), bool)) & (state.felled_by < 0)
+    units = _units(settings)
+    meter = _Meter(progress, units, standing, state)
+    while state.units_done < len(units):
+        began, calls = time.monotonic(), classifier.gradient_calls
+        _, number, restart = units[state.units_done]
         index = np.flatnonzero(standing)
-        run = run_restart(
-            attack,
+        run = attacks[number].run(
             x[index],
-            lambda i, index=index, restart=restart: random_start(
-                x[index[i]],
-                epsilon=settings.epsilon,
-                seed=settings.seed,
-                image=int(index[i]),
-                restart=restart,
-            ),
             targets[index],
+            index,
+            restart,
+            seed=settings.seed,
             batch_size=batch_size,
             judge_every=is_true,
             progress=meter.step,
         )
-        state.add(index, run, restart, time.monotonic() - began)
+        state.add(index, run, number, restart)
+        state.seconds[number] += time.monotonic() - began
+        state.gradient_calls += classifier.gradient_calls - calls
         state.save(partial, key)
-        standing &= ~state.fell
+        standing &= state.felled_by < 0
 
 
 class _Meter:
-    """Turns the steps of a run into progress(done, total, standing), over all restarts."""
+    """Turns the steps of a run into progress(done, total, standing), over all that is to be run."""
 
-    def __init__(self, progress, settings, standing, state):
-        self.progress, self.settings, self.state = progress, settings, state
+    def __init__(self, progress, units, standing, state):
+        self.progress, self.state = progress, state
         self.standing = int(standing.sum())
-        self.per_run = settings.steps + 1
-        self.total = self.standing * (settings.restarts - state.restarts_done) * self.per_run
+        self.lengths = [member.steps + 1 for member, *_ in units]
+        self.total = self.standing * sum(self.lengths[state.units_done :])
         self.done = 0
 
     def step(self, advanced, fell):
-        runs_spared = self.settings.restarts - self.state.restarts_done - 1
-        self.done += advanced + fell * runs_spared * self.per_run
+        self.done += advanced + fell * sum(self.lengths[self.state.units_done + 1 :])
         self.standing -= fell
         if self.progress is not None:
             self.progress(self.done, self.total, self.standing)
@@ -264,31 +322,33 @@ class _Meter:
 class _State:
     """Where the attack on N images is, after a number of whole restarts.
 
-    restart and iteration (N,) tell when an image fell; they mean nothing where `fell` is False.
+    felled_by (N,): number of the member that felled an image, -1 where it stands. restart and
+    iteration (N,) tell when; they mean nothing where it stands. seconds (members,).
     """
 
     x_adv: np.ndarray
     prediction: np.ndarray
     restart: np.ndarray
     iteration: np.ndarray
-    fell: np.ndarray
-    restarts_done: int = 0
-    seconds: float = 0.0
+    felled_by: np.ndarray
+    seconds: np.ndarray
+    units_done: int = 0
+    gradient_calls: int = 0
 
     @classmethod
-    def start(cls, x, clean):
+    def start(cls, x, clean, members):
         zeros = np.zeros(len(x), int)
-        return cls(x.copy(), clean.copy(), zeros, zeros.copy(), np.zeros(len(x), bool))
+        nobody = np.full(len(x), -1)
+        return cls(x.copy(), clean.copy(), zeros, zeros.copy(), nobody, np.zeros(members))
 
-    def add(self, index, run, restart, seconds):
+    def add(self, index, run, member, restart):
         """Take over what a run did to the images at `index`."""
         self.x_adv[index] = run.x_adv
         self.prediction[index] = run.predictions
         self.restart[index] = restart
         self.iteration[index] = run.iterations
-        self.fell[index] = run.fell
-        self.restarts_done = restart
-        self.seconds += seconds
+        self.felled_by[index[run.fell]] = member
+        self.units_done += 1
 
     def save(self, path, key):
         if path is None:
@@ -310,8 +370,8 @@ class _State:
                 fields = {name: kept[name] for name in cls.__dataclass_fields__}
         except Exception:  # whatever a damaged file raises: begin again
             return None
-        fields["restarts_done"] = int(fields["restarts_done"])
-        fields["seconds"] = float(fields["seconds"])
+        for name in ("units_done", "gradient_calls"):
+            fields[name] = int(fields[name])
         return cls(**fields)
 
 
@@ -324,8 +384,9 @@ def _key(settings, print_of_data, model_sha256, clean):
 # --------------------------------------------------------------------------- figures
 
 
-def _image_table(y, clean, state, linf):
-    return pd.DataFrame(
+def _image_table(y, clean, settings, state, linf):
+    fell = state.felled_by >= 0
+    images = pd.DataFrame(
         {
             "index": np.arange(len(y)),
             "label": y,
@@ -336,9 +397,35 @@ def _image_table(y, clean, state, linf):
             "linf": linf,
         }
     ).assign(
-        restart=lambda rows: rows["restart"].where(state.fell),
-        iteration=lambda rows: rows["iteration"].where(state.fell),
+        restart=lambda rows: rows["restart"].where(fell),
+        iteration=lambda rows: rows["iteration"].where(fell),
     )
+    if settings.attack == "suite":
+        names = np.array([member.attack for member in settings.members])
+        images["felled_by"] = pd.Series(names[state.felled_by]).where(fell)
+    return images
+
+
+def _members(settings, images, state):
+    """What each member of a suite was, met and felled."""
+    standing = int((images["label"] == images["clean_prediction"]).sum())
+    rows = []
+    for member, seconds in zip(settings.members, state.seconds, strict=True):
+        fell = int((images["felled_by"] == member.attack).sum())
+        rows.append(
+            {
+                "name": member.attack,
+                "implementation": IMPLEMENTATIONS[member.attack],
+                "alpha": member.alpha,
+                "steps": member.steps,
+                "restarts": member.restarts,
+                "attacked": standing,
+                "fell": fell,
+                "seconds": round(float(seconds), 1),
+            }
+        )
+        standing -= fell
+    return rows
 
 
 def _summary(settings, images, dataset, print_of_data, batch_size, outputs):
@@ -362,7 +449,7 @@ def _summary(settings, images, dataset, print_of_data, batch_size, outputs):
         "protocol": settings.protocol(n, dataset),
         "attack": {
             "name": settings.attack,
-            "implementation": "IBM ART ProjectedGradientDescentTensorFlowV2, own outer loop",
+            "implementation": IMPLEMENTATIONS[settings.attack],
             "norm": "inf",
             "epsilon": settings.epsilon,
             "alpha": settings.alpha,
@@ -402,6 +489,7 @@ def evaluate_saved(
     out=None,
     batch_size=128,
     force=False,
+    keep_images=False,
     progress=None,
     say=lambda line: None,
 ):
@@ -413,6 +501,8 @@ def evaluate_saved(
         out: folder in which a folder with the model's name gets the files; by default a model
             folder's `robustness/`, and for any other model `robustness/NAME/` beside it.
         force: repeat a finished evaluation, and overwrite that of another model.
+        keep_images: the result must have x_adv; a finished one is taken only if they were saved
+            beside it (`save_adversarial`), else repeated.
         say: called with one line about what is re-used, resumed, or special about the model.
     """
     directory = result_folder(opened, out)
@@ -421,8 +511,11 @@ def evaluate_saved(
     if path.exists() and not force:
         kept = Evaluation.read(path)
         _refuse_other(path, kept.summary, opened, settings, fingerprint(*_check_images(x, y)))
-        say(f"{opened.name}: finished before, read from {path} (--force to repeat)")
-        return kept
+        images = path.with_suffix(".npz")
+        if not keep_images or images.exists():
+            say(f"{opened.name}: finished before, read from {path} (--force to repeat)")
+            return replace(kept, x_adv=read_adversarial(images)) if keep_images else kept
+        say(f"{opened.name}: finished before without its images; attacked again for them")
     if partial.exists():
         say(f"{opened.name}: an interrupted run is resumed from {partial}")
     try:
@@ -430,6 +523,7 @@ def evaluate_saved(
             opened.model,
             x,
             y,
+            attack=settings.attack,
             epsilon=settings.epsilon,
             alpha=settings.alpha,
             steps=settings.steps,
@@ -461,6 +555,25 @@ _ATTACKED = {
 }
 
 
+def save_adversarial(result, directory):
+    """Keep the attacked images beside a result: STEM.npz with x_adv (N, H, W, C), in [0, 1]."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, x_adv=result.x_adv)
+    path = Path(directory) / f"{result.stem}.npz"
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def read_adversarial(path):
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return kept["x_adv"]
+    except Exception as error:  # numpy and zipfile raise several types for a damaged file
+        raise InputError(
+            f"{str(path)!r} does not hold attacked images ({type(error).__name__}); delete it"
+        ) from None
+
+
 def result_folder(opened, out=None):
     if out is not None:
         return Path(out) / opened.name
@@ -482,7 +595,8 @@ def _refuse_other(path, summary, opened, settings, print_of_data):
         for name in ("epsilon", "alpha", "steps", "restarts")
     }
     for name, (has, needs) in expected.items():
-        same = math.isclose(has, needs) if isinstance(has, float) else has == needs
+        floats = isinstance(has, float) and isinstance(needs, float)
+        same = math.isclose(has, needs) if floats else has == needs
         if not same:
             has, needs = (v[:12] + "..." if isinstance(v, str) else v for v in (has, needs))
             raise InputError(

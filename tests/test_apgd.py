@@ -1,0 +1,229 @@
+"""Auto-PGD: its losses are ART's, its iterates those of a plain reading of Algorithm 1."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from art.attacks.evasion import AutoProjectedGradientDescent
+
+from experiments import InputError
+from experiments.apgd import APGD, LOSSES, checkpoints
+from experiments.attacks import CompiledClassifier, random_start
+
+SHAPE, CLASSES, N, EPSILON = (6, 6, 3), 5, 12, 0.05
+
+
+@pytest.fixture(scope="module")
+def data():
+    x = np.random.default_rng(0).uniform(0, 1, (N, *SHAPE)).astype("float32")
+    return x, np.arange(N) % CLASSES
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential(
+        [
+            keras.Input(SHAPE),
+            keras.layers.Conv2D(8, 3, activation="tanh"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(CLASSES),
+        ]
+    )
+    return CompiledClassifier(model, CLASSES, SHAPE)
+
+
+def linear(weights, bias=0.0):
+    """Classifier with logits x . weights + bias; weights (pixels, classes)."""
+    weights = weights.astype("float32")
+
+    def model(x, training=False):
+        return tf.reshape(x, (-1, weights.shape[0])) @ weights + bias
+
+    return CompiledClassifier(model, weights.shape[1], SHAPE)
+
+
+def attack_all(attack, x, y, restart=1, seed=0, batch_size=8):
+    return attack.run(x, y, np.arange(len(x)), restart, seed=seed, batch_size=batch_size)
+
+
+def test_checkpoints_are_those_of_the_paper():
+    # p_j of section 3.2: 0, 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99
+    assert checkpoints(100) == [0, 22, 41, 57, 70, 80, 87, 93, 99]
+    assert checkpoints(50) == [0, 11, 21, 29, 35, 40, 44, 47, 50]
+
+
+def test_difference_of_logits_ratio_is_arts(classifier, data):
+    x, y = data
+    art = AutoProjectedGradientDescent(
+        classifier, eps=0.1, eps_step=0.1, loss_type="difference_logits_ratio", verbose=False
+    )
+    art_loss = art.estimator.loss_object
+    art_loss.reduction = "none"
+    logits = classifier.predict(x)
+    expected = art_loss(np.eye(CLASSES)[y], tf.constant(logits))
+    ours = LOSSES["apgd-dlr"][0](tf.constant(logits), tf.constant(y), None)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert ((ours.numpy() > 0) == (logits.argmax(axis=-1) != y)).all()
+
+
+@pytest.mark.parametrize("name", ["apgd-dlr", "apgd-t"])
+def test_ratios_do_not_change_when_logits_are_scaled(name, data):
+    logits = np.random.default_rng(1).normal(size=(N, CLASSES)).astype("float32")
+    y, target = tf.constant(data[1]), tf.constant((data[1] + 1) % CLASSES)
+    loss, _ = LOSSES[name]
+    once, thousandfold = (loss(tf.constant(s * logits), y, target) for s in (1, 1000))
+    np.testing.assert_allclose(once, thousandfold, rtol=1e-4)
+
+
+def test_targeted_ratio_is_equation_7():
+    logits = np.array([[5.0, 1.0, 3.0, -2.0, 0.0]], "float32")
+    # z_y = 3, z_t = -2; first 5, third 1, fourth 0
+    loss = LOSSES["apgd-t"][0](tf.constant(logits), tf.constant([2]), tf.constant([3]))
+    np.testing.assert_allclose(loss, -(3 + 2) / (5 - (1 + 0) / 2), rtol=1e-6)
+
+
+def plain_algorithm_1(f, gradient, x, start, epsilon, steps, rho=0.75, alpha=0.75):
+    """Croce & Hein 2020, Algorithm 1, for one image, line by line; returns all iterates."""
+
+    def project(z):
+        return np.clip(np.clip(z, x - epsilon, x + epsilon), 0, 1)
+
+    w, eta = checkpoints(steps), 2 * epsilon
+    xs, fs = [start], [f(start)]
+    best = start
+    eta_at, best_at = [eta], [fs[0]]
+    for k in range(steps):
+        at, before = xs[k], xs[k - 1] if k else xs[k]
+        if k in w and k > 0:
+            past = range(k - (w[w.index(k)] - w[w.index(k) - 1]), k)
+            raised = sum(fs[i + 1] > fs[i] for i in past)
+            stuck = len(eta_at) > 1 and eta_at[-1] == eta_at[-2] and best_at[-1] == max(fs)
+            stuck = stuck or (len(eta_at) == 1 and best_at[-1] == max(fs))
+            if raised < rho * len(past) or stuck:
+                eta, at, before = eta / 2, best, best
+            eta_at.append(eta)
+            best_at.append(max(fs))
+        z = project(at + eta * np.sign(gradient(at)))
+        weight = 1 if k == 0 else alpha
+        xs.append(project(at + weight * (z - at) + (1 - weight) * (at - before)))
+        fs.append(f(xs[-1]))
+        best = xs[-1] if fs[-1] > max(fs[:-1]) else best
+    return xs
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr"])
+def test_iterates_are_those_of_a_plain_reading(classifier, data, name, monkeypatch):
+    x, _ = data
+    y = classifier.predict(x).argmax(axis=-1)
+    steps, epsilon = 30, 0.004  # nothing is misclassified: there the ratio is flat, all rounding
+    compiled = classifier.differentiable(LOSSES[name][0])
+    attack = APGD(classifier, name, epsilon=epsilon, steps=steps)
+    seen, look = [], attack.look
+    # Nothing falls: the verdict is taken from logits that keep the label.
+    keep = 1e9 * np.eye(CLASSES, dtype="float32")
+
+    def spy(state):
+        seen.append(state["x_adv"].copy())
+        _, found = look(state)
+        return keep[state["y"]], found
+
+    monkeypatch.setattr(attack, "look", spy)
+    attack.run(x[:3], y[:3], np.arange(3), 1, seed=0, batch_size=3)
+    for i in range(3):
+        xs = plain_algorithm_1(
+            lambda z, i=i: compiled(z[None], y[i : i + 1], y[i : i + 1])[0][0],
+            lambda z, i=i: compiled(z[None], y[i : i + 1], y[i : i + 1])[2][0],
+            x[i],
+            random_start(x[i], epsilon=epsilon, seed=0, image=i, restart=1),
+            epsilon,
+            steps,
+        )
+        for k, iterate in enumerate(xs):
+            np.testing.assert_allclose(seen[k][i], iterate, atol=2e-6, err_msg=f"{i}, {k}")
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr"])
+def test_linear_model_falls_exactly_where_it_must(name):
+    generator = np.random.default_rng(1)
+    pixels = int(np.prod(SHAPE))
+    w = generator.normal(size=pixels)
+    x = generator.uniform(0.2, 0.8, (80, *SHAPE)).astype("float32")
+    score = x.reshape(80, -1) @ w
+    bias = -np.median(score)
+    y = (score + bias > 0).astype(int)
+    margin = np.abs(score + bias)
+    epsilon = float(np.median(margin) / np.abs(w).sum())
+    # A third class that is never likely: the ratio needs three logits.
+    weights = np.stack([-w / 2, w / 2, np.zeros(pixels)], axis=1)
+    classifier = linear(weights, np.array([-bias / 2, bias / 2, -1e3], "float32"))
+    run = attack_all(APGD(classifier, name, epsilon=epsilon, steps=12), x, y)
+    worst = margin - epsilon * np.abs(w).sum()
+    assert np.abs(worst).min() > 1e-5
+    np.testing.assert_array_equal(run.fell, worst < 0)
+
+
+def test_targeted_restarts_aim_at_the_other_classes_in_turn(data):
+    """Only the likeliest class has a gradient to follow in restart 1, the next in restart 2, ..."""
+    x, _ = data
+    pixels = int(np.prod(SHAPE))
+    weights = np.zeros((pixels, CLASSES))
+    weights[:, 3] = 1.0  # only class 3 rises with the pixels
+    bias = np.array([0.0, -1.0, -2.0, -3.0, -4.0], "float32")
+    bias[3] -= x.reshape(N, -1).sum(axis=1).max()
+    bias[3] += 0.5
+    mean = np.full((1, *SHAPE), x.mean(), "float32")
+    classifier = linear(weights, bias)
+    logits = classifier.predict(mean)[0]
+    assert logits.argmax() == 0
+    rank = int((np.sort(logits)[::-1] == logits[3]).argmax())  # 1: likeliest other class
+    attack = APGD(classifier, "apgd-t", epsilon=1.0, steps=5)
+    y = np.array([0])
+    for restart in range(1, CLASSES):
+        target = attack.begin(mean, y, y, restart, 0)["target"]
+        assert (target == 3) == (restart == rank)
+    assert attack_all(attack, mean, y, restart=rank).fell.all()
+
+
+def test_saturated_cross_entropy_hides_what_the_ratio_finds():
+    """Logits of 1e4 leave the softmax no gradient in float32; the ratio does not mind."""
+    generator = np.random.default_rng(2)
+    weights = generator.normal(size=(int(np.prod(SHAPE)), CLASSES)) * 1e4
+    classifier = linear(weights)
+    x = generator.uniform(0.3, 0.7, (20, *SHAPE)).astype("float32")
+    y = classifier.predict(x).argmax(axis=-1)
+    by_entropy, by_ratio = (
+        attack_all(APGD(classifier, name, epsilon=0.1, steps=10), x, y).fell.mean()
+        for name in ("apgd-ce", "apgd-dlr")
+    )
+    assert by_ratio == 1 > by_entropy
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_stays_in_the_ball_whatever_the_batch_size(classifier, data, name):
+    x, _ = data
+    y = classifier.predict(x).argmax(axis=-1)
+    attack = APGD(classifier, name, epsilon=EPSILON, steps=10)
+    runs = [attack_all(attack, x, y, batch_size=size) for size in (12, 5, 1)]
+    for run in runs:
+        assert np.abs(run.x_adv - x).max() <= EPSILON + 1e-6
+        assert run.x_adv.min() >= 0 and run.x_adv.max() <= 1
+        np.testing.assert_array_equal(run.fell, runs[0].fell)
+        np.testing.assert_allclose(run.x_adv, runs[0].x_adv, atol=1e-6)
+    assert 0 < runs[0].fell.sum()
+
+
+def test_restarts_begin_elsewhere(classifier, data):
+    x, y = data
+    attack = APGD(classifier, "apgd-ce", epsilon=EPSILON, steps=3)
+    first, second, again = (
+        attack.begin(x, y, np.arange(N), restart, 0)["x_adv"] for restart in (1, 2, 1)
+    )
+    assert np.abs(first - second).max() > EPSILON
+    np.testing.assert_array_equal(first, again)
+
+
+def test_too_few_classes_are_refused():
+    classifier = linear(np.zeros((int(np.prod(SHAPE)), 3)))
+    with pytest.raises(InputError, match="at least 4 classes, the model has 3"):
+        APGD(classifier, "apgd-t", epsilon=EPSILON, steps=3)
