@@ -104,6 +104,37 @@ def test_foreign_models_write_beside_themselves_or_to_out(command, tmp_path, cap
     assert set(read_results(tmp_path / "out")["outputs"]) == {"softmax removed"}
 
 
+def test_suite_and_single_attacks_have_files_of_their_own(command, folder, capsys):
+    for attack in ("suite", "fgsm", "deepfool"):
+        assert command.main([str(folder), "--n", "5", "--attack", attack]) == 0
+    names = {p.stem for p in (folder / "robustness").glob("*.json")}
+    assert names == {
+        "suite-true-digits-n5",
+        "fgsm-1-1-true-digits-n5",
+        "deepfool-50-1-true-digits-n5",
+    }
+    assert "SUITE, eps 8/255, true labels" in capsys.readouterr().out
+
+
+def test_attacked_images_and_examples_are_kept_on_demand(command, folder, capsys):
+    arguments = [str(folder), *QUICK, "--eps", "20", "--step", "20"]
+    assert command.main(arguments) == 0
+    (csv,) = (folder / "robustness").glob("*.csv")
+    images, picture = csv.with_suffix(".npz"), csv.with_name(f"{csv.stem}-examples.png")
+    assert not images.exists() and not picture.exists()
+    assert command.main([*arguments, "--save-adversarial", "--save-examples", "2"]) == 0
+    assert "attacked again" in capsys.readouterr().out
+    with np.load(images) as kept:
+        x_adv = kept["x_adv"]
+    x = datasets.load("digits")[2][0][:24]
+    assert x_adv.shape == x.shape and 0 < np.abs(x_adv - x).max() <= 20 / 255 + 1e-6
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    # With the images kept, the figure needs no attack.
+    picture.unlink()
+    assert command.main([*arguments, "--save-examples", "2"]) == 0
+    assert "read from" in capsys.readouterr().out and picture.exists()
+
+
 def failing(command, capsys, *arguments):
     """The one line the command ends with."""
     assert command.main([str(a) for a in arguments]) == 2
@@ -128,6 +159,12 @@ def failing(command, capsys, *arguments):
         (["--n", "0"], "--n"),
         (["--batch-size", "0"], "--batch-size"),
         (["--seed", "-1"], "seed"),
+        (["--attack", "suite", "--steps", "5"], "chooses its own steps"),
+        (["--attack", "square", "--step", "1"], "chooses its own alpha"),
+        (["--attack", "apgd-t", "--restarts", "10"], "allow 9 restarts"),
+        (["--attack", "suite", "--labels", "predicted"], "labels true"),
+        (["--save-examples", "0"], "--save-examples"),
+        (["--check", "--n", "0"], "--n"),
     ],
 )
 def test_impossible_settings_end_in_one_line(command, folder, capsys, arguments, reason):
@@ -204,15 +241,15 @@ def test_error_line_is_all_a_process_prints(tmp_path):
     assert "Traceback" not in err
 
 
-def test_killed_process_resumes(command, folder, tmp_path, monkeypatch):
-    """SIGKILL after some restarts; the same command goes on, to the same CSV."""
-    arguments = ["--n", "64", "--steps", "50", "--restarts", "20", "--eps", "2", "--step", "1"]
-    stem = "pgd-50-20-true-digits-n64-eps2-step1"
+def test_killed_suite_resumes(command, folder, tmp_path, monkeypatch):
+    """SIGKILL in the middle; the same command goes on, to the same CSV, and repeats nothing."""
+    arguments = ["--n", "64", "--attack", "suite", "--eps", "2"]
+    stem = "suite-true-digits-n64-eps2"
     results = folder / "robustness"
     partial = results / f".{stem}.partial.npz"
     process = start(folder, *arguments)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and restarts_done(partial) < 1:
+    while time.monotonic() < deadline and process.poll() is None and restarts_done(partial) < 2:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -226,8 +263,13 @@ def test_killed_process_resumes(command, folder, tmp_path, monkeypatch):
     assert not partial.exists()
     monkeypatch.setattr(datasets, "load", REAL_LOAD)
     assert command.main([str(folder), *arguments, "--out", str(tmp_path / "whole")]) == 0
-    whole = (tmp_path / "whole" / "net" / f"{stem}.csv").read_bytes()
-    assert (results / f"{stem}.csv").read_bytes() == whole
+    whole = tmp_path / "whole" / "net" / f"{stem}.csv"
+    assert (results / whole.name).read_bytes() == whole.read_bytes()
+    calls = [
+        json.loads(path.with_suffix(".json").read_text())["gradient_calls"]
+        for path in (whole, results / whole.name)
+    ]
+    assert calls[0] == calls[1] > 0
 
 
 def restarts_done(partial):

@@ -146,11 +146,14 @@ def evaluate(
     x, y = _check_images(x, y)
     print_of_data = fingerprint(x, y)
     classifier, outputs, clean = _classifier(model, x, y, classes, batch_size)
+    attacks = _attacks(settings, classifier)
 
     key = _key(settings, print_of_data, model_sha256, clean)
     state = _State.resume(partial, key) or _State.start(x, clean, len(settings.members))
     state.save(partial, key)  # before the attack, so that a folder that cannot be written shows
-    _attack(classifier, x, y, clean, settings, state, batch_size, progress, partial, key)
+    _run_attacks(
+        attacks, classifier, x, y, clean, settings, state, batch_size, progress, partial, key
+    )
 
     linf = check_perturbation(x, state.x_adv, epsilon)
     if fingerprint(x, y) != print_of_data:
@@ -255,6 +258,19 @@ def _attack_named(settings, classifier):
             return APGD(classifier, name, **kwargs)
 
 
+def _attacks(settings, classifier):
+    """The attacks of `settings.members`, or why this model cannot be attacked so."""
+    attacks = [_attack_named(member, classifier) for member in settings.members]
+    for member in settings.members:
+        if member.attack == "apgd-t" and member.restarts > classifier.nb_classes - 1:
+            raise InputError(
+                "apgd-t aims at one other class per restart, so the model's "
+                f"{classifier.nb_classes} classes allow {classifier.nb_classes - 1} restarts; "
+                f"got {member.restarts}"
+            )
+    return attacks
+
+
 def _units(settings):
     """What is run, and saved when done: (member, its number, restart), in order."""
     return [
@@ -264,16 +280,10 @@ def _units(settings):
     ]
 
 
-def _attack(classifier, x, y, clean, settings, state, batch_size, progress, partial, key):
+def _run_attacks(
+    attacks, classifier, x, y, clean, settings, state, batch_size, progress, partial, key
+):
     """Run the restarts that `state` does not have yet; it is saved after each one."""
-    attacks = [_attack_named(member, classifier) for member in settings.members]
-    for member in settings.members:
-        if member.attack == "apgd-t" and member.restarts > classifier.nb_classes - 1:
-            raise InputError(
-                "apgd-t aims at one other class per restart, so the model's "
-                f"{classifier.nb_classes} classes allow {classifier.nb_classes - 1} restarts; "
-                f"got {member.restarts}"
-            )
     is_true = settings.labels == "true"
     targets = y if is_true else clean
     # True labels: an image that is wrong when clean is lost already.

@@ -33,9 +33,14 @@ from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe
 
 PROBE_IMAGES = 512
 OPTIMIZERS = {
-    "sgd": lambda schedule, momentum: keras.optimizers.SGD(schedule, momentum=momentum),
-    "adam": lambda schedule, momentum: keras.optimizers.Adam(schedule, beta_1=momentum),
+    "sgd": lambda schedule, momentum, **kwargs: keras.optimizers.SGD(
+        schedule, momentum=momentum, **kwargs
+    ),
+    "adam": lambda schedule, momentum, **kwargs: keras.optimizers.Adam(
+        schedule, beta_1=momentum, **kwargs
+    ),
 }
+INITIALIZERS = ("glorot_uniform", "he_normal", "he_uniform")
 
 # (lr_min, lr_max) that the thesis found for the VGG-like network by range tests
 THESIS_VGG_BOUNDS = {
@@ -55,17 +60,22 @@ def recipe(name, architecture, activation):
     The light CNNs are trained with Adam: there a KAF from a random start, whose outputs are small
     and reach the logits through no batch norm, does not leave chance level under SGD.
 
-    Returns optimizer, lr_min, lr_max, momentum and l2 (of the ResNets; the others have their own).
+    Returns optimizer, lr_min, lr_max, lr_peak, momentum, ema_momentum and, of the ResNets, l2 and
+    kernel_initializer (the other networks have their own).
     """
+    common = {"lr_peak": 0.5, "kernel_initializer": "glorot_uniform", "ema_momentum": None}
     if name == "thesis":
         lr_min, lr_max = 0.01, 0.8
         if architecture == "vgg":
             lr_min, lr_max = THESIS_VGG_BOUNDS.get(activation, (0.0001, 0.1))
-        return {"optimizer": "sgd", "lr_min": lr_min, "lr_max": lr_max, "momentum": 0.0, "l2": 5e-4}
+        rates = {"lr_min": lr_min, "lr_max": lr_max}
+        return common | rates | {"optimizer": "sgd", "momentum": 0.0, "l2": 5e-4}
     if name == "fast":
-        return {"optimizer": "sgd", "lr_min": 0.002, "lr_max": 0.2, "momentum": 0.9, "l2": 2.5e-4}
+        rates = {"lr_min": 0.002, "lr_max": 0.2}
+        return common | rates | {"optimizer": "sgd", "momentum": 0.9, "l2": 2.5e-4}
     if name == "adam":
-        return {"optimizer": "adam", "lr_min": 1e-4, "lr_max": 0.01, "momentum": 0.9, "l2": 2.5e-4}
+        rates = {"lr_min": 1e-4, "lr_max": 0.01}
+        return common | rates | {"optimizer": "adam", "momentum": 0.9, "l2": 2.5e-4}
     raise InputError(f"Unknown recipe {name!r}. Choose one of: fast, thesis, adam.")
 
 
@@ -83,9 +93,12 @@ class TrainConfig:
     alpha: float = 10 / 255  # FGSM step; 1.25 epsilon as in Wong et al.
     optimizer: str = "sgd"  # or adam
     lr_min: float = 0.002  # ends of the one-cycle triangular schedule
-    lr_max: float = 0.2  # its peak, in the middle
+    lr_max: float = 0.2  # its peak
+    lr_peak: float = 0.5  # where the peak lies, as a fraction of the training
     momentum: float = 0.9  # of SGD; Adam's beta_1
     l2: float = 2.5e-4  # Keras l2 on every kernel; ResNets only
+    kernel_initializer: str = "glorot_uniform"  # of the convolutions; ResNets only
+    ema_momentum: float | None = None  # of a running mean of the weights, which is what is saved
     seed: int = 0
     deterministic: bool = False  # TensorFlow's op determinism, slower
 
@@ -117,11 +130,20 @@ class TrainConfig:
                 "momentum lies in [0, 1), l2 is not negative, seed lies in [0, 2**31); received "
                 f"momentum={self.momentum}, l2={self.l2}, seed={self.seed}."
             )
+        if self.kernel_initializer not in INITIALIZERS:
+            raise InputError(
+                f"Unknown kernel initializer {self.kernel_initializer!r}. "
+                f"Choose one of: {', '.join(INITIALIZERS)}."
+            )
+        if not (self.ema_momentum is None or 0 < self.ema_momentum < 1):
+            raise InputError(f"ema_momentum lies in (0, 1); received {self.ema_momentum}.")
 
 
 def build_network(config):
     """The network to be trained, of Keras' own layers (and Kaf)."""
-    kwargs = {"l2": config.l2} if config.architecture.startswith("resnet") else {}
+    kwargs = {}
+    if config.architecture.startswith("resnet"):
+        kwargs = {"l2": config.l2, "kernel_initializer": config.kernel_initializer}
     return build(config.architecture, config.activation, **kwargs)
 
 
@@ -136,9 +158,10 @@ def build_trainer(network, config, steps):
         seed=config.seed,
         name=network.name,
     )
-    schedule = TriangularCycle(config.lr_min, config.lr_max, steps)
+    schedule = TriangularCycle(config.lr_min, config.lr_max, steps, peak=config.lr_peak)
+    ema = {"use_ema": True, "ema_momentum": config.ema_momentum} if config.ema_momentum else {}
     model.compile(
-        OPTIMIZERS[config.optimizer](schedule, config.momentum),
+        OPTIMIZERS[config.optimizer](schedule, config.momentum, **ema),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -206,13 +229,23 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
             shuffle=False,  # batches() has shuffled
             verbose=verbose,
         )
+    if config.ema_momentum:
+        # fit ends by taking over the running mean; not where there was no epoch left to train. A
+        # training that was stopped keeps the weights the probe put back.
+        if checkpoint.stopped is None:
+            model.optimizer.finalize_variable_values(model.trainable_variables)
+        elif hasattr(probe, "good_weights"):
+            model.set_weights(probe.good_weights)
     network.set_weights(model.get_weights())
-    # One pass over the validation images: the accuracy of the weights that are saved.
-    logits = network.predict(x_val, batch_size=config.batch_size, verbose=0)
+    # The weights that are saved, on all validation images: what recipes are chosen by.
+    final = RobustnessProbe(x_val, y_val, epsilon=config.epsilon, seed=config.seed)
+    final.set_model(model)
+    final.on_train_begin()
+    validation = {k.replace("probe", "validation"): v for k, v in final.accuracies().items()}
     record = {
         "settings": asdict(config),
         "results": {
-            "validation_clean": float(np.mean(np.argmax(logits, axis=-1) == y_val)),
+            **validation,  # clean, FGSM and PGD-10
             "validation_n": len(x_val),
             **{k: v for k, v in checkpoint.last_good_row().items() if k.startswith("probe_")},
             "probe_n": len(x_val[:PROBE_IMAGES]),
@@ -408,8 +441,9 @@ def parse(argv):
     add("--epsilon", type=float, default=8, help="L-inf radius in 255ths (%(default)g)")
     add("--alpha", type=float, help="step of the attack in 255ths (1.25 epsilon)")
     add("--recipe", default="fast", help="optimiser settings: fast (default), thesis, adam")
-    for name in ("lr-min", "lr-max", "momentum", "l2"):
+    for name in ("lr-min", "lr-max", "lr-peak", "momentum", "l2", "ema-momentum"):
         add(f"--{name}", type=float, help="instead of the recipe's")
+    add("--kernel-initializer", help=f"instead of the recipe's: {', '.join(INITIALIZERS)}")
     add("--seed", type=int, default=defaults.seed)
     add("--deterministic", action="store_true", help="bitwise repeatable, slower")
     add("--out", required=True, help="model folder, e.g. models/cifar10_resnet20_kaf_seed0")
