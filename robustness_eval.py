@@ -200,7 +200,7 @@ def check(arguments):
         seed=arguments.seed,
     )
 
-    from experiments import evaluation, figures, results, sanity_checks
+    from experiments import evaluation, figures, sanity_checks
     from experiments.saved_models import open_model
 
     passed = True
@@ -224,7 +224,7 @@ def check(arguments):
                 classes=classes,
                 transfer_from=[(o.name, o.model) for o in others if o.sha256 != model.sha256],
             )
-            print("\n".join([f"{model.name}, first {len(x)} test images of {dataset}"]))
+            print(f"{model.name}, first {len(x)} test images of {dataset}")
             print("\n".join(report.lines()))
             stem = settings.stem(len(x), dataset).replace("pgd", "checks", 1)
             record = {

@@ -1,0 +1,431 @@
+"""Is an evaluation to be trusted? What Carlini et al. 2019 say must hold, held against one model.
+
+"On evaluating adversarial robustness", arXiv 1902.06705, section 5: an attack that does not behave
+as attacks must is not measuring robustness, whatever figure it gives. A model that hides its
+gradients (saturated, discontinuous, randomised) fails some of these checks; it is not robust, it is
+hard to attack by gradients.
+
+    report = check_model(model, x[:64], y[:64])
+    print(*report.lines(), sep="\\n")
+
+Each check is a function of the few runs they share (`_Runs`), and says in one line what it saw.
+With n images no figure is sharper than one image, so one image (or 2 % of n, if that is more) is
+the tolerance wherever two attacks or two radii are compared: an attack is a search, not a proof.
+"""
+
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from experiments import InputError
+from experiments.attacks import PGD, CompiledClassifier, random_start
+from experiments.evaluation import evaluate
+from experiments.saved_models import PROBABILITIES, logits_of
+
+RADII = (0, 1, 2, 4, 8, 16, 32)  # of the curve, in 255ths
+ITERATIONS = (1, 5, 10, 20, 50, 100)
+RESTARTS = 5
+NOISE_DRAWS = 100
+TINY_STEP = 0.1 / 255  # along which the loss must change as its gradient says
+PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
+
+
+@dataclass(frozen=True)
+class Check:
+    """status: "pass", "fail" or "not run"; text: one line; figures: what was measured (JSON)."""
+
+    name: str
+    status: str
+    text: str
+    figures: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The checks of one model; curve: {"eps": 255ths, "accuracy": fractions, "n": images}."""
+
+    checks: tuple
+    curve: dict
+
+    @property
+    def failed(self):
+        return [check.name for check in self.checks if check.status == FAIL]
+
+    @property
+    def passed(self):
+        return not self.failed
+
+    @property
+    def verdict(self):
+        if self.passed:
+            return "no sign of masked gradients"
+        return f"NOT to be trusted: fails {', '.join(self.failed)}"
+
+    def lines(self):
+        """For printing: one line per check, then the verdict."""
+        width = max(len(check.name) for check in self.checks)
+        shown = {PASS: "pass", FAIL: "FAIL", NOT_RUN: "----"}
+        return [f"{shown[c.status]}  {c.name:{width}}  {c.text}" for c in self.checks] + [
+            f"=> {self.verdict}"
+        ]
+
+    def as_dict(self):
+        return {
+            "passed": self.passed,
+            "verdict": self.verdict,
+            "checks": [asdict(check) for check in self.checks],
+            "curve": self.curve,
+        }
+
+
+def check_model(
+    model,
+    x,
+    y,
+    *,
+    epsilon=8 / 255,
+    alpha=2 / 255,
+    steps=50,
+    queries=1000,
+    seed=0,
+    batch_size=128,
+    classes=None,
+    transfer_from=(),
+):
+    """Run all checks on a few images.
+
+    Args:
+        model: Keras model, or callable f(x, training=False).
+        x: images (N, H, W, C) in [0, 1], 64 or so; y: true labels (N,).
+        epsilon, alpha, steps: of the PGD that is checked.
+        queries: of the Square attack.
+        transfer_from: pairs (name, model); examples found on them are tried on this one.
+
+    Raises:
+        InputError: for what `evaluate` refuses; if no image is classified correctly.
+    """
+    runs = _Runs(
+        model, x, y, epsilon, alpha, steps, queries, seed, batch_size, classes, transfer_from
+    )
+    if not runs.is_clean.any():
+        raise InputError(
+            f"none of the {len(runs.x)} images is classified correctly, so there is nothing to "
+            "check; give a model trained on this data set, or more images (--n)"
+        )
+    checks = (
+        outputs_are_logits(runs),
+        the_same_twice(runs),
+        gradients_are_not_zero(runs),
+        loss_follows_its_gradient(runs),
+        nothing_changes_at_radius_0(runs),
+        nothing_stands_at_radius_128(runs),
+        falls_with_the_radius(runs),
+        falls_with_iterations(runs),
+        falls_with_restarts(runs),
+        as_strong_as(runs, "FGSM", runs.under(attack="fgsm")),
+        as_strong_as(runs, f"noise x{NOISE_DRAWS}", runs.under_noise()),
+        as_strong_as(runs, f"Square {queries}", runs.under(attack="square", steps=queries)),
+        *transfers(runs),
+    )
+    curve = {
+        "eps": list(RADII),
+        "accuracy": [float(stands.mean()) for stands in runs.curve],
+        "n": len(runs.x),
+    }
+    return CheckReport(checks, curve)
+
+
+@dataclass
+class _Runs:
+    """The attacks that the checks look at, each run once. `stands` is (N,) bool everywhere."""
+
+    model: object
+    x: np.ndarray
+    y: np.ndarray
+    epsilon: float
+    alpha: float
+    steps: int
+    queries: int
+    seed: int
+    batch_size: int
+    classes: int | None
+    transfer_from: tuple
+
+    def under(self, **settings):
+        """Which images are correct when clean and stand under an attack."""
+        settings = {"epsilon": self.epsilon, "seed": self.seed} | settings
+        rows = evaluate(
+            self.model,
+            self.x,
+            self.y,
+            batch_size=self.batch_size,
+            classes=self.classes,
+            **settings,
+        ).images
+        correct = (rows["label"] == rows["clean_prediction"]).to_numpy()
+        return correct & (rows["label"] == rows["adversarial_prediction"]).to_numpy()
+
+    def under_pgd(self, **settings):
+        return self.under(**({"alpha": self.alpha, "steps": self.steps} | settings))
+
+    @cached_property
+    def classifier(self):
+        logits, _ = logits_of(self.model, self.x[: self.batch_size])
+        outputs = np.shape(logits(self.x[:1], training=False))[1]
+        return CompiledClassifier(logits, outputs, self.x.shape[1:])
+
+    @cached_property
+    def clean_logits(self):
+        return self.classifier.predict(self.x, self.batch_size)
+
+    @cached_property
+    def is_clean(self):
+        return self.clean_logits.argmax(axis=-1) == self.y
+
+    @cached_property
+    def pgd(self):
+        """The attack in question, with restarts."""
+        return self.under_pgd(restarts=RESTARTS)
+
+    @cached_property
+    def one_restart(self):
+        """One restart from starts that the others do not use."""
+        return self.under_pgd(restarts=1, seed=self.seed + 1)
+
+    @cached_property
+    def curve(self):
+        """At each radius, with as many steps of a size that crosses the ball as often."""
+        return [
+            self.under_pgd(epsilon=r / 255, alpha=max(r, 0.1) / 4 / 255, steps=20, restarts=1)
+            for r in RADII
+        ]
+
+    @cached_property
+    def iterations(self):
+        """What the iterate after 1, 5, ... steps of one run does: {iterations: stands (N,)}."""
+        attack = PGD(self.classifier, epsilon=self.epsilon, alpha=self.alpha, steps=max(ITERATIONS))
+        x_adv = np.stack(
+            [
+                random_start(image, epsilon=self.epsilon, seed=self.seed, image=i, restart=1)
+                for i, image in enumerate(self.x)
+            ]
+        )
+        targets = np.eye(self.classifier.nb_classes, dtype="float32")[self.y]
+        found = {}
+        for iteration in range(max(ITERATIONS) + 1):
+            x_next, logits = attack.step(x_adv, self.x, targets)
+            if iteration in ITERATIONS:
+                found[iteration] = self.is_clean & (logits.argmax(axis=-1) == self.y)
+            x_adv = x_next
+        return found
+
+    def under_noise(self):
+        """Uniform in the ball, and its corners, by turns; the first that fools fells an image."""
+        generator = np.random.default_rng(self.seed)
+        stands = self.is_clean.copy()
+        for draw in range(NOISE_DRAWS):
+            noise = generator.uniform(-1, 1, self.x.shape)
+            noise = self.epsilon * (np.sign(noise) if draw % 2 else noise)
+            stands &= self.predicted(np.clip(self.x + noise, 0, 1)) == self.y
+        return stands
+
+    def predicted(self, x):
+        return self.classifier.predict(x.astype("float32"), self.batch_size).argmax(axis=-1)
+
+    @property
+    def tolerance(self):
+        """Images by which two attacks may differ."""
+        return max(1, int(0.02 * len(self.x)))
+
+
+def _check(name, passed, text, **figures):
+    return Check(name, PASS if passed else FAIL, text, figures)
+
+
+def _percent(stands):
+    return f"{stands.mean():.1%}"
+
+
+# --------------------------------------------------------------------------- the model
+
+
+def outputs_are_logits(runs):
+    """A softmax that cannot be taken off must at least not be saturated."""
+    name = "outputs"
+    _, kind = logits_of(runs.model, runs.x[: runs.batch_size])
+    if kind != PROBABILITIES:
+        return _check(
+            name, True, f"attacked at its {kind}".replace("its softmax", "logits, softmax")
+        )
+    p = np.asarray(runs.model(runs.x, training=False))
+    saturated = float((p.max(axis=-1) >= 1).mean())
+    text = f"probabilities whose logits are out of reach; {saturated:.1%} of them exactly 1"
+    return _check(name, saturated <= 0.01, text, saturated=saturated)
+
+
+def the_same_twice(runs):
+    """The same seed, the same figure; and the model gives the same outputs for the same images."""
+    again = runs.classifier.predict(runs.x, runs.batch_size)
+    scale = np.abs(runs.clean_logits).max() + 1e-12
+    moved = float(np.abs(again - runs.clean_logits).max() / scale)
+    second = runs.under_pgd(restarts=1, seed=runs.seed + 1)
+    differing = int((second != runs.one_restart).sum())
+    text = f"{differing} verdicts differ; logits by {moved:.1e} of the largest"
+    passed = differing == 0 and moved < 1e-4
+    return _check("same figure twice", passed, text, differing=differing, logits_moved=moved)
+
+
+def gradients_are_not_zero(runs):
+    """Float32 saturation, or activations that are flat: nothing to follow (allowed: 1 %)."""
+    targets = np.eye(runs.classifier.nb_classes, dtype="float32")[runs.y]
+    gradient = runs.classifier.loss_gradient(runs.x, targets)
+    is_zero = (gradient == 0).reshape(len(runs.x), -1)
+    images, pixels = float(is_zero.all(axis=1).mean()), float(is_zero.mean())
+    text = f"{images:.1%} of the images have none; {pixels:.1%} of all pixels"
+    return _check("input gradients", images <= 0.01, text, images=images, pixels=pixels)
+
+
+def loss_follows_its_gradient(runs):
+    """Over a tenth of a grey level the margin changes as the gradient says, but for half of it.
+
+    A model that is differentiable nearly everywhere, ReLU networks included, is nearly linear over
+    such a step; k-WTA jumps, since other units win.
+    """
+    y, n = runs.y, len(runs.x)
+    logits = runs.clean_logits.copy()
+    logits[np.arange(n), y] = -np.inf
+    other = logits.argmax(axis=-1)
+
+    def margins(x):
+        z = runs.classifier.predict(x.astype("float32"), runs.batch_size).astype("float64")
+        return z[np.arange(n), y] - z[np.arange(n), other]
+
+    gradient = (
+        runs.classifier.class_gradient(runs.x, label=y)
+        - runs.classifier.class_gradient(runs.x, label=other)
+    )[:, 0]
+    step = np.where(runs.x < 0.5, TINY_STEP, -TINY_STEP) * (gradient != 0)  # stays in [0, 1]
+    expected = (gradient * step).reshape(n, -1)
+    # Only pixels that pull the same way: a sum of both signs would cancel to rounding.
+    step = np.where(expected.reshape(step.shape) < 0, step, 0)
+    expected = np.minimum(expected, 0).sum(axis=1)
+    changed = margins(runs.x + step) - margins(runs.x)
+    error = float(np.median(np.abs(changed - expected) / (np.abs(expected) + 1e-12)))
+    text = f"over {TINY_STEP * 255:g}/255 the margin moves as predicted, +- {error:.0%} (median)"
+    return _check("local linearity", error <= 0.5, text, median_relative_error=error)
+
+
+# --------------------------------------------------------------------------- the attack
+
+
+def nothing_changes_at_radius_0(runs):
+    stands = runs.under_pgd(epsilon=0.0, steps=2, restarts=1)
+    differing = int((stands != runs.is_clean).sum())
+    text = f"{_percent(runs.is_clean)} clean, {_percent(stands)} at 0; {differing} images differ"
+    return _check("eps 0", differing == 0, text, differing=differing)
+
+
+def nothing_stands_at_radius_128(runs):
+    """Within half of the pixel range any image can be made grey."""
+    alpha = min(1.0, runs.alpha * (128 / 255) / max(runs.epsilon, 1e-9))
+    stands = runs.under_pgd(epsilon=128 / 255, alpha=alpha, restarts=2)
+    text = f"{_percent(stands)} stand at 128/255"
+    return _check("eps 128", not stands.any(), text, accuracy=float(stands.mean()))
+
+
+def falls_with_the_radius(runs):
+    counts = [int(stands.sum()) for stands in runs.curve]
+    rise = max(b - a for a, b in pairwise(counts))
+    shown = ", ".join(f"{r}: {s.mean():.0%}" for r, s in zip(RADII, runs.curve, strict=True))
+    passed = rise <= runs.tolerance
+    return _check("falls with eps", passed, shown, standing=counts, largest_rise=rise)
+
+
+def falls_with_iterations(runs):
+    """Of the last iterate, as ART judges; judged at every iterate it could not but fall."""
+    counts = [int(stands.sum()) for stands in runs.iterations.values()]
+    rise = max(b - a for a, b in pairwise(counts))
+    last = abs(counts[-1] - counts[-2])
+    shown = ", ".join(f"{k}: {s.mean():.0%}" for k, s in runs.iterations.items())
+    # 1 point, or one image where that is more
+    passed = rise <= runs.tolerance and last <= max(1, 0.01 * len(runs.x))
+    return _check("falls with iterations", passed, shown, standing=counts, last_change=last)
+
+
+def falls_with_restarts(runs):
+    """Five restarts against one from another seed, which the five could well miss."""
+    missed = int((runs.pgd & ~runs.one_restart).sum())
+    text = (
+        f"1: {_percent(runs.one_restart)}, {RESTARTS}: {_percent(runs.pgd)}; "
+        f"{missed} fell to the one alone"
+    )
+    return _check("falls with restarts", missed <= runs.tolerance, text, missed=missed)
+
+
+def as_strong_as(runs, name, stands):
+    """PGD fells what a weaker attack fells."""
+    missed = int((runs.pgd & ~stands).sum())
+    text = f"PGD {_percent(runs.pgd)}, {name} {_percent(stands)}; {missed} fell to {name} alone"
+    passed = missed <= runs.tolerance
+    return _check(f"beats {name}", passed, text, missed=missed, accuracy=float(stands.mean()))
+
+
+def transfers(runs):
+    """Examples found on other models."""
+    if not runs.transfer_from:
+        text = "no other model was given (--transfer-from)"
+        return [Check("beats transfer", NOT_RUN, text)]
+    checks = []
+    for name, model in runs.transfer_from:
+        x_adv = evaluate(
+            model,
+            runs.x,
+            runs.y,
+            epsilon=runs.epsilon,
+            alpha=runs.alpha,
+            steps=runs.steps,
+            restarts=1,
+            seed=runs.seed,
+            batch_size=runs.batch_size,
+            classes=runs.classes,
+        ).x_adv
+        stands = runs.is_clean & (runs.predicted(x_adv) == runs.y)
+        checks.append(as_strong_as(runs, f"transfer from {name}", stands))
+    return checks
+
+
+# --------------------------------------------------------------------------- the figure
+
+
+def robustness_curve(curves, ax=None):
+    """Robust accuracy against radius; curves {label: CheckReport.curve}; returns the axes."""
+    import matplotlib.pyplot as plt
+
+    from experiments.figures import color_of
+
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for label, curve in curves.items():
+        accuracy = np.array(curve["accuracy"])
+        error = np.sqrt(accuracy * (1 - accuracy) / curve["n"])
+        ax.errorbar(
+            curve["eps"],
+            100 * accuracy,
+            100 * error,
+            marker="o",
+            capsize=3,
+            color=color_of(label),
+            label=label,
+        )
+    ax.set_xscale("symlog", base=2, linthresh=1)
+    ax.set_xticks(RADII, [str(r) for r in RADII])
+    ax.set_ylim(0, None)
+    ax.set_xlabel("L-inf radius eps, in 255ths")
+    n = sorted({curve["n"] for curve in curves.values()})
+    ax.set_ylabel(f"robust accuracy, % of {', '.join(map(str, n))} images")
+    ax.set_title("PGD-20-1, step eps/4; bars: one standard error", fontsize=10)
+    ax.legend(frameon=False)
+    ax.grid(alpha=0.3)
+    return ax
