@@ -28,7 +28,7 @@ RADII = (0, 1, 2, 4, 8, 16, 32)  # of the curve, in 255ths
 ITERATIONS = (1, 5, 10, 20, 50, 100)
 RESTARTS = 5
 NOISE_DRAWS = 100
-TINY_STEP = 0.1 / 255  # along which the loss must change as its gradient says
+SMALL_STEP = 1 / 255  # over which the margin must change as its gradient says
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 
 
@@ -288,10 +288,11 @@ def gradients_are_not_zero(runs):
 
 
 def loss_follows_its_gradient(runs):
-    """Over a tenth of a grey level the margin changes as the gradient says, but for half of it.
+    """Over one grey level the margin changes as the gradient says, wrong by less than that itself.
 
-    A model that is differentiable nearly everywhere, ReLU networks included, is nearly linear over
-    such a step; k-WTA jumps, since other units win.
+    A network that is differentiable nearly everywhere, a ReLU network included, is nearly linear
+    over such a step (median error of trained ones: 0 to 10 %); k-WTA jumps, since other units win
+    (several times the expected change).
     """
     y, n = runs.y, len(runs.x)
     logits = runs.clean_logits.copy()
@@ -306,15 +307,15 @@ def loss_follows_its_gradient(runs):
         runs.classifier.class_gradient(runs.x, label=y)
         - runs.classifier.class_gradient(runs.x, label=other)
     )[:, 0]
-    step = np.where(runs.x < 0.5, TINY_STEP, -TINY_STEP) * (gradient != 0)  # stays in [0, 1]
+    step = np.where(runs.x < 0.5, SMALL_STEP, -SMALL_STEP) * (gradient != 0)  # stays in [0, 1]
     expected = (gradient * step).reshape(n, -1)
     # Only pixels that pull the same way: a sum of both signs would cancel to rounding.
     step = np.where(expected.reshape(step.shape) < 0, step, 0)
     expected = np.minimum(expected, 0).sum(axis=1)
     changed = margins(runs.x + step) - margins(runs.x)
     error = float(np.median(np.abs(changed - expected) / (np.abs(expected) + 1e-12)))
-    text = f"over {TINY_STEP * 255:g}/255 the margin moves as predicted, +- {error:.0%} (median)"
-    return _check("local linearity", error <= 0.5, text, median_relative_error=error)
+    text = f"over {SMALL_STEP * 255:g}/255 the margin moves as predicted, +- {error:.0%} (median)"
+    return _check("local linearity", error <= 1, text, median_relative_error=error)
 
 
 # --------------------------------------------------------------------------- the attack

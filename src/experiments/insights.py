@@ -1,0 +1,492 @@
+"""What goes on inside a network: how far an attack moves it, and how its gradients grow.
+
+Movement: the L2 distance between what a layer gives for a clean image and for the attacked one,
+image by image, next to two rulers: the norm of the clean values, and the distance between two
+different clean images in the same layer. The first ignores the layer's scale, the second its
+constant part as well.
+
+Growth: the squared gradient passes through an activation g times E[g'(z)^2], and through the batch
+normalisation behind it divided by the variance of what was normalised, which is proportional to
+Var g(z). For z ~ N(0, 1) the quotient E[g'(z)^2] / Var g(z) is therefore the gain of one layer,
+whatever the scale of g and of the weights; it is pi / (pi - 1) for ReLU (Yang, Pennington, Rao,
+Sohl-Dickstein & Schoenholz 2019, "A mean field theory of batch normalization", arXiv 1902.08129),
+and never below 1 (Gaussian Poincare inequality, Chernoff 1981), where only straight lines reach it.
+
+An activation layer, here, is a layer of its own (Kaf, Kwta, keras.layers.Activation); they are
+numbered from 1, first to last. Models are functional Keras models of logits.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+import pandas as pd
+import tensorflow as tf
+from keras import ops
+
+from activationsf import Kaf, Kwta
+from experiments import InputError
+from experiments.datasets import batches
+from kernel_expansion import equally_spaced_dictionary, plain_expansion, rule_of_thumb_bandwidth
+
+RULERS = ("clean_norm", "to_other_image")
+QUANTITIES = ("pre-activation", "activation")
+
+
+def activation_layers(model):
+    """The activation layers of a model, first to last."""
+    kinds = (Kaf, Kwta, keras.layers.Activation)
+    layers = [layer for layer in model.layers if isinstance(layer, kinds)]
+    if not layers:
+        raise InputError(
+            f"{model.name!r} has no activation layers of its own (Kaf, Kwta or Activation), so "
+            "there is nothing to look at; build it with separate activation layers"
+        )
+    return layers
+
+
+def _inside(model):
+    """`model` with the inputs and outputs of its L activation layers before its own outputs."""
+    layers = activation_layers(model)
+    outputs = [layer.input for layer in layers] + [layer.output for layer in layers]
+    return keras.Model(model.inputs, outputs + model.outputs), len(layers)
+
+
+@contextmanager
+def _statistics_kept(model):
+    """Put back afterwards what batch norm in training mode does to its moving averages."""
+    kept = [np.array(variable) for variable in model.non_trainable_variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(model.non_trainable_variables, kept, strict=True):
+            variable.assign(value)
+
+
+# --------------------------------------------------------------------------- what an attack moves
+
+
+def _values(model, training=False):
+    """Function: images (B, H, W, C) -> pre-activations and activations, L tensors each."""
+    inside, count = _inside(model)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)])
+    def values(x):
+        outputs = inside(x, training=training)
+        return outputs[:count], outputs[count : 2 * count]
+
+    return values
+
+
+def _channel_means(values):
+    """(B, ..., C) -> (B, C)"""
+    return tf.reduce_mean(values, axis=list(range(1, len(values.shape) - 1)))
+
+
+def movement(model, x, x_adv, *, batch_size=100):
+    """How far an attack moves each image in each layer: L2 distances, in inference mode.
+
+    Args:
+        model: functional Keras model.
+        x, x_adv: clean and attacked images (N, H, W, C), float32 in [0, 1], N >= 2. The clean
+            image before it in its batch is each image's other image: give them in random order.
+
+    Returns:
+        DataFrame, one row for each layer, quantity and image. layer: from 1. of: "pre-activation"
+        or "activation". values: "all", or "channel means" (one number per channel, averaged over
+        positions). image: position in x. distance: of clean to attacked. clean_norm: of the clean
+        values. to_other_image: distance of clean to the clean values of another image.
+    """
+    if len(x) < 2 or len(x) != len(x_adv):
+        raise InputError(
+            "movement needs at least 2 images, as many clean as attacked; "
+            f"got {len(x)} and {len(x_adv)}"
+        )
+    values = _values(model)
+    parts = []
+    batch_count = min(-(-len(x) // batch_size), len(x) // 2)  # two images each, at least
+    for index in np.array_split(np.arange(len(x)), batch_count):
+        clean, attacked = values(tf.constant(x[index])), values(tf.constant(x_adv[index]))
+        for of, before, after in zip(QUANTITIES, clean, attacked, strict=True):
+            for layer, pair in enumerate(zip(before, after, strict=True), start=1):
+                means = [_channel_means(v) for v in pair]
+                for which, (a, b) in (("all", pair), ("channel means", means)):
+                    columns = {
+                        "distance": _norms(b - a),
+                        "clean_norm": _norms(a),
+                        "to_other_image": _norms(a - tf.roll(a, 1, axis=0)),
+                    }
+                    names = {"layer": layer, "of": of, "values": which, "image": index}
+                    parts.append(pd.DataFrame(names | columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _norms(values):
+    """L2 norms (B,) of (B, ...)."""
+    return tf.norm(tf.reshape(values, (tf.shape(values)[0], -1)), axis=1).numpy()
+
+
+def relative_movement(table, ruler="to_other_image", *, of="pre-activation", values="all", **how):
+    """Mean distance over images divided by the mean of a ruler, for each layer.
+
+    Args:
+        table: of `movement`. ruler: "to_other_image" or "clean_norm".
+        how: resamples, confidence and seed of the bootstrap over images.
+
+    Returns:
+        DataFrame indexed by layer: value, and low and high, a percentile bootstrap interval over
+        images. It says nothing about how another training run of the same network would differ.
+    """
+    parts = _by_layer(table, ruler, of, values)
+    return _bootstrap(lambda weigh: weigh(parts["distance"]) / weigh(parts[ruler]), parts, **how)
+
+
+def movement_ratio(
+    first, second, ruler="to_other_image", *, of="pre-activation", values="all", **how
+):
+    """`relative_movement` of one model divided by another's, on the same images (paired).
+
+    Below 1: the first model moves less. Arguments and result as in `relative_movement`.
+    """
+    a, b = (_by_layer(table, ruler, of, values) for table in (first, second))
+    if not a["distance"].index.equals(b["distance"].index):
+        raise InputError("movement_ratio compares two models on the same images; they differ")
+    layers = a["distance"].columns.intersection(b["distance"].columns)
+    a, b = ({name: part[layers] for name, part in parts.items()} for parts in (a, b))
+
+    def ratio(weigh):
+        first = weigh(a["distance"]) / weigh(a[ruler])
+        return first / (weigh(b["distance"]) / weigh(b[ruler]))
+
+    return _bootstrap(ratio, a, **how)
+
+
+def _by_layer(table, ruler, of, values):
+    """Distances and rulers as tables (N images, L layers)."""
+    if ruler not in RULERS:
+        raise InputError(f"the ruler is one of {', '.join(RULERS)}; got {ruler!r}")
+    rows = table[(table["of"] == of) & (table["values"] == values)]
+    if rows.empty:
+        raise InputError(f"there are no {values} values of the {of} in this table")
+    names = ["distance", ruler]
+    return {name: rows.pivot(index="image", columns="layer", values=name) for name in names}
+
+
+def _bootstrap(statistic, parts, *, resamples=1000, confidence=0.95, seed=0):
+    """Percentile interval of `statistic`, which gets a function: (N, L) -> weighted means."""
+    table = parts["distance"]
+    count = len(table)
+    weights = np.random.default_rng(seed).multinomial(count, [1 / count] * count, resamples) / count
+    drawn = statistic(lambda part: weights @ part.to_numpy())  # (resamples, L)
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(drawn, [tail, 1 - tail], axis=0)
+    value = statistic(lambda part: part.to_numpy().mean(axis=0))
+    return pd.DataFrame({"value": value, "low": low, "high": high}, index=table.columns)
+
+
+def histograms(model, x, *, limit=6.0, bins=96, channel_means=False, training=False, batch_size=50):
+    """How the pre-activations of each layer are distributed.
+
+    Args:
+        x: images (N, H, W, C). limit, bins: equal bins on [-limit, limit].
+        channel_means: of the means over positions instead of all values.
+        training: batch norm by the statistics of the batch (the moving averages stay as they are).
+
+    Returns:
+        float64 (L, bins + 2): shares of each layer's values, the first and last being those below
+        -limit and above limit. Values that are not numbers are in none of them.
+    """
+    values = _values(model, training=training)
+    counts, sizes = 0, 0
+    with _statistics_kept(model):
+        for first in range(0, len(x), batch_size):
+            layers, _ = values(tf.constant(x[first : first + batch_size]))
+            layers = [(_channel_means(z) if channel_means else z).numpy().ravel() for z in layers]
+            within = [np.histogram(z, bins, (-limit, limit))[0] for z in layers]
+            outside = [((z < -limit).sum(), (z > limit).sum()) for z in layers]
+            counts = counts + np.array(
+                [[low, *inner, high] for inner, (low, high) in zip(within, outside, strict=True)]
+            )
+            sizes = sizes + np.array([[z.size] for z in layers])
+    return counts / sizes
+
+
+# --------------------------------------------------------------------------- gradients: prediction
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of functions g_c of z ~ N(0, std^2), one for each channel: arrays (C,)."""
+
+    squared_derivative: np.ndarray  # E[g'(z)^2]
+    variance: np.ndarray  # Var g(z)
+
+    @property
+    def gain(self):
+        """Of one layer with batch normalisation: a convolution mixes the channels, so of means."""
+        return self.squared_derivative.mean() / self.variance.mean()
+
+
+def moments(function, channels=1, *, std=1.0):
+    """E[g'(z)^2] and Var g(z) for z ~ N(0, std^2), by the midpoint rule.
+
+    Args:
+        function: of a tensor (N, channels), elementwise, a function per channel: a built Kaf layer,
+            keras.activations.relu, ... Kinks and jumps are fine at 0, between two points.
+    """
+    edges = np.linspace(-8, 8, 4001)
+    z = (edges[1:] + edges[:-1]) / 2
+    weights = np.exp(-(z**2) / 2)
+    weights /= weights.sum()
+    x = tf.constant(np.repeat(std * z[:, None], channels, axis=1), tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        g = function(x)
+    derivative, g = (np.asarray(v, "float64") for v in (tape.gradient(g, x), g))
+    mean = weights @ g
+    return Moments(weights @ derivative**2, weights @ (g - mean) ** 2)
+
+
+def random_start_moments(D=20, boundary=3.0, alpha_std=0.05, *, std=1.0):
+    """What `moments` expects of a Kaf whose alpha are independent N(0, alpha_std^2).
+
+    E over alpha: alpha_std^2 times the sum over the kernels kappa_i of the same moments.
+    """
+    d = equally_spaced_dictionary(D, boundary).astype("float32")
+    gamma = rule_of_thumb_bandwidth(D, boundary)
+    kernels = moments(lambda x: ops.exp(-gamma * ops.square(x - d)), D, std=std)
+    total = [alpha_std**2 * m.sum() for m in (kernels.squared_derivative, kernels.variance)]
+    return Moments(*(np.array([value]) for value in total))
+
+
+def predicted_growth(model):
+    """The squared gradient at each pre-activation over that at the last one, by variances alone.
+
+    For a network at initialisation (batch norm with scale 1 and shift 0) with random weights, wide,
+    in training mode, borders of the images left out. Forward, the variance of a feature is
+    multiplied by a convolution's gain (fan-in times the mean squared weight), becomes 1 in batch
+    normalisation, and adds up where skips meet. Backward, the squared norm of the gradient is
+    multiplied by the same gain, divided by the variance that was normalised, multiplied by
+    E[g'(z)^2], and adds up where a value was used twice.
+
+    Returns:
+        float64 (L,), the last being 1.
+
+    Raises:
+        InputError: for layers other than convolution, dense, batch norm, activation and addition.
+    """
+    layers = activation_layers(model)
+    variance, order = {}, []  # of each layer's output; layers in the order of the computation
+
+    def visit(layer):
+        if layer.name in variance:
+            return
+        for source in _sources(layer):
+            visit(source)
+        before = [variance[source.name] for source in _sources(layer)]
+        variance[layer.name] = _forward(layer, before)
+        order.append(layer)
+
+    last = _sources(layers[-1])[0]
+    visit(last)
+    squared = dict.fromkeys(variance, 0.0)  # gradient at each layer's output
+    squared[last.name] = 1.0
+    for layer in reversed(order):
+        before = [variance[source.name] for source in _sources(layer)]
+        for source in _sources(layer):
+            squared[source.name] += squared[layer.name] * _backward(layer, before)
+    return np.array([squared[_sources(layer)[0].name] for layer in layers])
+
+
+def _sources(layer):
+    """The layers whose outputs `layer` takes."""
+    if isinstance(layer, keras.layers.InputLayer):
+        return []
+    tensors = layer.input if isinstance(layer.input, list) else [layer.input]
+    return [tensor._keras_history.operation for tensor in tensors]
+
+
+def _forward(layer, before):
+    """Variance of a layer's output from those of its inputs, a list."""
+    if isinstance(layer, keras.layers.InputLayer):
+        return 1.0  # any: the first batch norm divides by it
+    if isinstance(layer, keras.layers.Add):
+        return sum(before)
+    if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
+        return before[0] * _kernel_gain(layer)
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return before[0] / (before[0] + layer.epsilon)
+    if isinstance(layer, Kaf | keras.layers.Activation):
+        return _layer_moments(layer, before[0]).variance.mean()
+    raise InputError(
+        "predicted_growth knows convolutions, dense layers, batch norm, activations and additions; "
+        f"got {type(layer).__name__} {layer.name!r}"
+    )
+
+
+def _backward(layer, before):
+    """Squared gradient at each input of a layer over that at its output."""
+    if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
+        return _kernel_gain(layer)
+    if isinstance(layer, keras.layers.BatchNormalization):
+        return 1 / (before[0] + layer.epsilon)
+    if isinstance(layer, Kaf | keras.layers.Activation):
+        return _layer_moments(layer, before[0]).squared_derivative.mean()
+    return 1.0  # an addition
+
+
+def _kernel_gain(layer):
+    """Fan-in times the mean squared weight."""
+    kernel = np.asarray(layer.kernel, "float64")
+    return np.mean(kernel**2) * np.prod(kernel.shape[:-1])
+
+
+def _layer_moments(layer, variance):
+    return moments(layer, layer.output.shape[-1], std=float(np.sqrt(variance)))
+
+
+# --------------------------------------------------------------------------- gradients: measurement
+
+
+def gradient_norms(model, x, y, *, loss_scale=1.0):
+    """L2 norms of the gradients of the mean cross-entropy, batch norm in training mode.
+
+    Args:
+        x: images (B, H, W, C). y: labels (B,), int. B is limited by memory: everything is kept.
+        loss_scale: the loss is multiplied by it before, the gradients divided after the backward
+            pass, as under mixed precision (Keras starts at 2^15), where it decides what overflows.
+
+    Returns:
+        DataFrame, one row for each tensor. of: "pre-activation" and "activation" (the L activation
+        layers' inputs and outputs), "kernel" and "alpha" (of KAFs). layer: from 1, among those of
+        the same kind. name. norm: inf or NaN where an element is. not_finite: share of elements
+        that are infinite or NaN.
+    """
+    inside, count = _inside(model)
+    watched = [
+        (of, number, path, weight)
+        for of in ("kernel", "alpha")
+        for number, (path, weight) in enumerate(
+            ((v.path, v.value) for v in model.trainable_variables if v.name == of), start=1
+        )
+    ]
+    with _statistics_kept(model), tf.GradientTape() as tape:
+        outputs = inside(tf.constant(x), training=True)
+        loss = loss_scale * tf.reduce_mean(_cross_entropy(y, outputs[-1]))
+    names = [layer.name for layer in activation_layers(model)]
+    for of, part in zip(QUANTITIES, (outputs[:count], outputs[count:-1]), strict=True):
+        watched += [
+            (of, number, name, tensor)
+            for number, (name, tensor) in enumerate(zip(names, part, strict=True), start=1)
+        ]
+    gradients = tape.gradient(loss, [tensor for *_, tensor in watched])
+    rows = []
+    for (of, layer, name, _), gradient in zip(watched, gradients, strict=True):
+        gradient = np.asarray(gradient, "float64") / loss_scale
+        with np.errstate(invalid="ignore"):
+            norm = np.sqrt(np.sum(gradient**2))
+        not_finite = np.mean(~np.isfinite(gradient))
+        rows.append([of, layer, name, norm, not_finite])
+    columns = ["of", "layer", "name", "norm", "not_finite"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.sort_values(["of", "layer"], ignore_index=True)
+
+
+def _cross_entropy(y, logits):
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(
+        tf.cast(y, tf.int32), tf.cast(logits, tf.float32)
+    )
+
+
+def measured_gains(norms):
+    """What the activations did to the squared gradient, from a table of `gradient_norms`.
+
+    Returns:
+        DataFrame indexed by layer. squared_derivative: squared gradient at the pre-activation over
+        that at the activation, to be held against E[g'(z)^2]. growth: squared gradient at the
+        pre-activation over that at the last one, to be held against `predicted_growth`.
+    """
+    norm = norms.pivot(index="layer", columns="of", values="norm")
+    squared = norm["pre-activation"].dropna() ** 2
+    return pd.DataFrame(
+        {
+            "squared_derivative": squared / norm["activation"].dropna() ** 2,
+            "growth": squared / squared.iloc[-1],
+        }
+    )
+
+
+@keras.saving.register_keras_serializable(package="robust_activations")
+class HalfPrecisionKaf(Kaf):
+    """Kaf whose sum, and so its gradients, run in float16: only to show what that does.
+
+    As in a network under mixed precision whose KAFs are written out in Keras operations. `Kaf`
+    itself sums in float32. For the Gaussian kernel with a fixed dictionary.
+    """
+
+    def call(self, inputs):
+        x, alpha, dictionary = (
+            ops.cast(v, "float16") for v in (inputs, self.alpha, self._initial_dictionary)
+        )
+        y = plain_expansion(x, alpha, dictionary, self.gamma, self.kernel)
+        return ops.cast(y, self.compute_dtype)
+
+
+@contextmanager
+def dtype_policy(name):
+    """Layers built inside the `with` block have Keras' dtype policy `name` ("mixed_float16")."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+# --------------------------------------------------------------------------- a short training
+
+
+def train_steps(model, x, y, *, optimizer, steps, batch_size=32, seed=0):
+    """Ordinary training for a few steps, on the cross-entropy alone, each step recorded.
+
+    The steps after the first that is not finite are left out: nothing comes back from NaN weights.
+
+    Args:
+        model: is trained in place.
+        x: images (N, H, W, C), without augmentation. y: labels (N,), int.
+        optimizer: Keras optimizer; clipping is its own (`global_clipnorm`).
+        seed: of the order of the images.
+
+    Returns:
+        DataFrame, one row for each step, of the batch before the step: step (from 0), loss (nats),
+        accuracy (fraction), gradient_norm (L2 over all weights, before clipping).
+    """
+    weights = model.trainable_variables
+    optimizer.build(weights)
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec((None, *x.shape[1:]), tf.float32),
+            tf.TensorSpec((None,), tf.int64),
+        ]
+    )
+    def step(images, labels):
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            loss = tf.reduce_mean(_cross_entropy(labels, logits))
+        gradients = tape.gradient(loss, [weight.value for weight in weights])
+        optimizer.apply(gradients, weights)
+        is_right = tf.argmax(logits, axis=-1) == labels
+        norm = tf.linalg.global_norm(gradients)
+        return loss, tf.reduce_mean(tf.cast(is_right, tf.float32)), norm
+
+    rows = []
+    for epoch in range(-(-steps * batch_size // len(x)) + 1):
+        order = {"batch_size": batch_size, "seed": seed, "epoch": epoch, "augment": False}
+        for images, labels in batches(x, y, **order):
+            if len(rows) == steps or (rows and not np.isfinite(rows[-1][0])):
+                break
+            rows.append([float(value) for value in step(images, labels)])
+    table = pd.DataFrame(rows, columns=["loss", "accuracy", "gradient_norm"])
+    return table.rename_axis("step").reset_index()
