@@ -34,7 +34,7 @@ demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure 
 	    --out runs/demo/digits_light_cnn_$${activation}_seed0 || exit; \
 	done
 	$(RUN) robustness_eval.py $(DEMO_MODELS) --dataset digits $(DEMO_ATTACK)
-	$(RUN) -m experiments.figures table $(DEMO_MODELS)
+	$(RUN) robustness_eval.py compare $(DEMO_MODELS)
 	$(RUN) -m experiments.figures scatter $(DEMO_MODELS) --out imgs/demo_scatter.png
 
 test: venv ## lint, format check and all tests (minutes)

@@ -211,26 +211,18 @@ def test_kaf_shapes_says_that_there_is_no_kaf():
         figures.kaf_shapes(model)
 
 
-def test_table_has_both_protocols_in_one_row_in_order_of_activations(models):
-    lines = figures.markdown_table(read_results(models)).splitlines()
-    assert "PGD-50-10, true labels | PGD-50-10, predicted labels*" in lines[0]
-    assert lines[2] == (
-        "| cifar10_resnet20_relu_seed0 | 77.0 ± 1.3 | 36.0 ± 1.5 | 46.0 ± 1.6 | 1,000 | 240 | "
-        "294,922 | 3 |"
+def test_examples_show_what_the_model_said_and_how_sure_it_was():
+    x = np.full((2, 4, 4, 3), 0.5, "float32")
+    x_adv = x + np.float32(8 / 255)
+    logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8]], "float32"))
+    figure = figures.adversarial_examples(
+        x, x_adv, [0, 1], logits, logits[::-1], ("cat", "dog"), [3, 7]
     )
-    assert [line.split("_")[2] for line in lines[2:5]] == ["relu", "swish", "kaf"]
-
-
-def test_table_goes_between_the_markers_and_nowhere_else(models, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- table -->\nold\n<!-- /table -->\nafter\n")
-    command = ["table", str(models), "--into", str(readme)]
-    assert figures.main(command) == 0
-    once = readme.read_text()
-    assert once.startswith("before\n<!-- table -->\n| model |") and "old" not in once
-    assert once.endswith("\n<!-- /table -->\nafter\n")
-    assert figures.main(command) == 0 and readme.read_text() == once
-    assert capsys.readouterr().out.count("| cifar10_resnet20_kaf_seed0 |") == 2
+    axes = np.array(figure.axes).reshape(2, 3)
+    assert [ax.get_xlabel() for ax in axes[0]] == ["cat, 90%", "", "dog, 80%"]
+    assert axes[1, 0].get_ylabel() == "test image 7\ndog"
+    np.testing.assert_allclose(axes[0, 1].images[0].get_array(), 1)  # the largest shift: white
+    assert "8/255" in axes[0, 1].get_title()
 
 
 @pytest.mark.parametrize(
@@ -241,14 +233,11 @@ def test_table_goes_between_the_markers_and_nowhere_else(models, tmp_path, capsy
         (["curves", "{root}/empty", "--out", "{root}/a.png"], "no finished model"),
         (["shapes", "{root}/models", "--out", "{root}/a.png"], "shapes draws one model; 3"),
         (["curves", "{root}/models", "--out", "{root}/a.xyz"], "end in .png"),
-        (["table", "{root}/empty"], "no results"),
-        (["table", "{root}/models", "--into", "{root}/text.md"], "<!-- table -->"),
     ],
 )
 def test_command_says_in_one_line_what_is_wrong(models, capsys, arguments, message):
     root = models.parent
     (root / "empty").mkdir()
-    (root / "text.md").write_text("no markers")
     assert figures.main([a.format(root=root) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

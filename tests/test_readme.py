@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import figures
+from experiments import comparison
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,7 +23,10 @@ def test_python_blocks_run():
 def test_tables_are_those_of_the_result_files(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(README, encoding="utf-8")
-    assert figures.main(["table", str(ROOT / "models"), "--into", str(copy)]) == 0
+    cards = tmp_path / "cards.md"
+    arguments = [str(ROOT / "models"), "--into", str(copy), "--cards", str(cards)]
+    assert comparison.main(arguments) == 0
+    assert cards.read_text() == (ROOT / "models" / "README.md").read_text(encoding="utf-8")
     command = [sys.executable, ROOT / "benchmarks" / "run.py", "table", "--into", copy]
     subprocess.run(command, check=True)
     assert copy.read_text(encoding="utf-8") == README

@@ -1,9 +1,8 @@
-"""Every plot and table of the study, each drawn from result files or a model.
+"""Every plot of the study, each drawn from result files or a model.
 
     python -m experiments.figures scatter models/* --out imgs/scatter.png
     python -m experiments.figures curves models/* --out imgs/curves.png
     python -m experiments.figures shapes models/NAME --out imgs/kaf_shapes.png
-    python -m experiments.figures table models/* --into README.md
 
 Accuracies are fractions in files and code, percent in figures. One colour per activation, the same
 everywhere; where colours alone might not be told apart, marker, line style or a label says it too.
@@ -51,7 +50,6 @@ ACTIVATION_LABELS = {
     "kwta": "k-WTA",
 }
 OTHER_COLOR = "#666666"  # a model whose activation is not known
-TABLE_START = "<!-- table -->"
 
 
 # --------------------------------------------------------------------------- models and results
@@ -94,10 +92,11 @@ def trained_models(*folders):
                 raise InputError(f"{str(path)!r} cannot be read as a training record") from None
             models.append(TrainedModel(path.parent, record))
     models = {model.folder.resolve(): model for model in models}.values()
-    return sorted(models, key=_order)
+    return sorted(models, key=model_order)
 
 
-def _order(model):
+def model_order(model):
+    """Sorts models by data set, architecture, activation as in the tables, and name."""
     known = list(ACTIVATION_COLORS)
     place = known.index(model.activation) if model.activation in known else len(known)
     s = model.settings
@@ -597,78 +596,42 @@ def initial_network(model):
     return build_network(TrainConfig(**model.settings))
 
 
-# --------------------------------------------------------------------------- the table
+# --------------------------------------------------------------------------- adversarial examples
 
 
-def markdown_table(results):
-    """Markdown: one row for each model and protocol, both label protocols side by side."""
-    results = results[results["attack"] == "pgd"]
-    if results.empty:
-        raise InputError("no results of PGD there; make them with robustness_eval.py")
-    rows = with_training(results)
-    protocol = ["steps", "restarts", "epsilon", "alpha", "dataset", "n", "seed"]
-    attacks = rows[protocol[:4]].drop_duplicates()
-    several = len(attacks) > 1
-    attack_name = "PGD" if several else _attack_name(rows.iloc[0])
-    header = ["model", "clean", f"{attack_name}, true labels", f"{attack_name}, predicted labels*"]
-    header += ["n", "training, s", "parameters", "epochs"]
-    if several:
-        header.insert(1, "attack")
+def adversarial_examples(x, x_adv, y, clean_logits, adv_logits, class_names, indices):
+    """One row for each of K attacked images: clean, perturbation (scaled to be seen), attacked.
 
-    lines = []
-    for (folder, *_), group in rows.groupby(["folder", *protocol], sort=False, dropna=False):
-        one = {row["labels"]: row for _, row in group.iterrows()}
-        any_row = next(iter(one.values()))
-        training = any_row["training"]
-        cells = [
-            any_row["model"] or Path(folder).name,
-            _percent(any_row, "clean_accuracy", "clean_standard_error"),
-            _percent(one.get("true"), "robust_accuracy", "robust_standard_error"),
-            _percent(
-                one.get("predicted"),
-                "accuracy_under_attack_predicted_labels",
-                "standard_error_predicted_labels",
-            ),
-            f"{any_row['n']:,}",
-        ]
-        if several:
-            cells.insert(1, _attack_name(any_row))
-        if training is None:
-            order, more = (), ["–"] * 3
-        else:
-            order, done = _order(training), training.record["results"]
-            epochs, asked = done["epochs_trained"], training.settings["epochs"]
-            more = [
-                f"{training.record['seconds']:,.0f}",
-                f"{done['parameters']:,}",
-                f"{epochs}" if epochs == asked else f"{epochs} of {asked}",
-            ]
-        lines.append(((training is None, order), cells + more))
-    lines.sort(key=lambda line: line[0])
-    body = [header, ["---"] + ["---:"] * (len(header) - 1), *(cells for _, cells in lines)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in body)
+    Args:
+        x, x_adv: (K, H, W, C) in [0, 1]. y: true labels (K,).
+        clean_logits, adv_logits: (K, classes); under each image stand the class and its softmax.
+        indices: numbers of the images in the test set (K,).
 
-    radii = sorted({(row.epsilon, row.alpha) for row in attacks.itertuples()})
-    radius = "; ".join(f"eps {255 * e:g}/255, step {255 * a:g}/255" for e, a in radii)
-    note = (
-        f"Percent of the first n test images of {', '.join(sorted(set(rows['dataset'])))} "
-        f"± one binomial standard error; L-inf, {radius}. PGD-S-R: S steps, R random restarts, the "
-        "worst counts, image by image."
+    Returns:
+        The Figure.
+    """
+    count = len(x)
+    figure, axes = plt.subplots(
+        count, 3, figsize=(6, 2.15 * count + 0.7), squeeze=False, layout="constrained"
     )
-    if (rows["labels"] == "predicted").any():
-        note += (
-            "\n\\* Only for comparison with figures from attacks called without labels; not a "
-            "robust accuracy."
-        )
-    return f"{table}\n\n{note}"
+    scale = max(float(np.abs(x_adv - x).max()), 1e-9)
+    for row in range(count):
+        perturbation = 0.5 + (x_adv[row] - x[row]) / (2 * scale)
+        for ax, image in zip(axes[row], (x[row], perturbation, x_adv[row]), strict=True):
+            ax.imshow(np.clip(image, 0, 1))
+            ax.set_xticks([])
+            ax.set_yticks([])
+        axes[row, 0].set_ylabel(f"test image {indices[row]}\n{class_names[y[row]]}", fontsize=9)
+        for ax, logits in ((axes[row, 0], clean_logits[row]), (axes[row, 2], adv_logits[row])):
+            p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+            ax.set_xlabel(f"{class_names[p.argmax()]}, {p.max():.0%}", fontsize=9)
+    titles = ("clean", f"perturbation\ngrey: 0, white: +{255 * scale:.3g}/255", "attacked")
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=10)
+    return figure
 
 
-def _attack_name(row):
-    return f"PGD-{row['steps']}-{row['restarts']}"
-
-
-def _percent(row, value, error):
-    return "–" if row is None else f"{100 * row[value]:.1f} ± {100 * row[error]:.1f}"
+# --------------------------------------------------------------------------- tables in texts
 
 
 def put_table_into(path, table, name="table"):
@@ -692,26 +655,22 @@ def put_table_into(path, table, name="table"):
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m experiments.figures",
-        description="Figures and tables from model folders and their result files.",
+        description="Figures from model folders and their result files.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in (
         ("scatter", "clean against robust accuracy"),
         ("curves", "loss and probe accuracies by epoch"),
         ("shapes", "the functions of a model's KAF layers (one model)"),
-        ("table", "Markdown table"),
     ):
         command = commands.add_parser(name, help=help)
         command.add_argument("folders", nargs="+", metavar="MODEL_FOLDER", help="or models/")
-        if name != "table":
-            command.add_argument("--out", required=True, metavar="FILE.png")
+        command.add_argument("--out", required=True, metavar="FILE.png")
         if name == "scatter":
             command.add_argument("--labels", choices=("true", "predicted"), default="true")
             command.add_argument("--protocol", help="name of the result files: pgd-50-10-true")
         if name == "shapes":
             command.add_argument("--channels", type=int, default=6, help="drawn per layer (6)")
-        if name == "table":
-            command.add_argument("--into", metavar="README.md", help=f"between {TABLE_START} there")
     return parser.parse_args(argv)
 
 
@@ -729,12 +688,6 @@ def main(argv=None):
 
 def run(arguments):
     models = trained_models(*arguments.folders)  # also says if something is not a folder
-    if arguments.command == "table":
-        table = markdown_table(read_results(*arguments.folders))
-        print(table)
-        if arguments.into:
-            put_table_into(arguments.into, table)
-        return
     if arguments.command == "scatter":
         results = read_results(*arguments.folders)
         ax = accuracy_robustness_scatter(results, arguments.labels, protocol=arguments.protocol)

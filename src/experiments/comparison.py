@@ -1,0 +1,487 @@
+"""Compare models from their result files alone: tables, paired tests, model cards, scatter plot.
+
+    python robustness_eval.py compare models/
+    python robustness_eval.py compare models/ --into README.md --cards models/README.md
+
+Two models were attacked on the same images, so their difference is judged pair by pair: of n
+images b stand under the first model only and c under the second only, and all others say nothing
+about the difference (b - c) / n. McNemar's test (1947, Psychometrika 12) asks whether b and c could
+come from a fair coin; here the exact, binomial one, two-sided, corrected for the number of
+comparisons by Holm (1979, Scandinavian Journal of Statistics 6). The 95 % interval is Wald's for
+paired proportions (Agresti 2013, "Categorical data analysis", section 11.1).
+"""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from scipy.stats import binomtest
+
+from experiments import InputError
+from experiments.figures import (
+    ACTIVATION_LABELS,
+    accuracy_robustness_scatter,
+    model_order,
+    put_table_into,
+    save,
+    with_training,
+)
+from experiments.results import Evaluation, make_writable, read_results, write_atomically
+
+# Master's thesis (Sapienza, 2020): clean accuracy, and accuracy under PGD-50-10 of ART 1.3.3
+# called without labels: of the predicted-label kind. 60 (VGG) and 80 epochs of CIFAR-10.
+PUBLISHED = {
+    ("vgg", "relu"): (0.7810, 0.4541),
+    ("vgg", "elu"): (0.7399, 0.4549),
+    ("vgg", "kaf"): (0.7793, 0.4680),
+    ("vgg", "kaf_elu"): (0.7493, 0.4540),
+    ("vgg", "swish"): (0.7699, 0.4773),
+    ("vgg", "kaf_swish"): (0.7885, 0.4633),
+    ("vgg", "kaf_free"): (0.7754, 0.4620),
+    ("resnet20", "relu"): (0.7752, 0.5017),
+    ("resnet20", "elu"): (0.7542, 0.5169),
+    ("resnet20", "kaf"): (0.7808, 0.5223),
+    ("resnet20", "kaf_relu"): (0.7965, 0.5144),
+    ("resnet20", "kaf_elu"): (0.7869, 0.5276),
+    ("resnet20", "swish"): (0.7868, 0.5388),
+    ("resnet20", "kaf_swish"): (0.7921, 0.5210),
+    ("resnet20", "kaf_free"): (0.7888, 0.5207),
+}
+# The images of CIFAR-10 that the models of this repository were trained and attacked on
+COPIES = {"909fb79bbfc4a2d02387c3bdd0731a0d093337eabb6fb8324fd791fa5913bac7": "JPEG copy"}
+
+KINDS = {  # column -> which results are meant
+    "pgd_true": {"attack": "pgd", "labels": "true"},
+    "pgd_predicted": {"attack": "pgd", "labels": "predicted"},
+    "suite": {"attack": "suite", "labels": "true"},
+}
+SETTINGS = ["dataset", "attack", "labels", "epsilon", "alpha", "steps", "restarts", "seed", "n"]
+
+
+# --------------------------------------------------------------------------- the table
+
+
+def chosen_results(results):
+    """For each of `KINDS` the results of one protocol: {kind: DataFrame, one row per model}.
+
+    Where there are several protocols (other numbers of images, say) the one that most models have
+    is taken, and of those the one of most images: figures of different protocols do not mix.
+    """
+    chosen = {}
+    for kind, wanted in KINDS.items():
+        rows = results[np.logical_and.reduce([results[k] == v for k, v in wanted.items()])]
+        if "pgd_true" in chosen:
+            rows = rows[rows["dataset"] == chosen["pgd_true"]["dataset"].iloc[0]]
+        if rows.empty:
+            continue
+        groups = rows.groupby(SETTINGS, dropna=False, sort=True)
+        chosen[kind] = max(
+            (group for _, group in groups),
+            key=lambda group: (group["folder"].nunique(), group["n"].iloc[0]),
+        ).set_index("folder")
+    if "pgd_true" not in chosen and "suite" not in chosen:
+        raise InputError("no results with true labels there; make them with robustness_eval.py")
+    return chosen
+
+
+def comparison(results):
+    """One row per model, fractions; columns as in the CSV. `.attrs["n"]`: {kind: images}.
+
+    The standard errors are binomial. Clean accuracy is that of PGD's images.
+    """
+    results = with_training(results)
+    chosen = chosen_results(results)
+    folders = dict.fromkeys(folder for rows in chosen.values() for folder in rows.index)
+    table = []
+    for folder in folders:
+        found = {kind: rows.loc[folder] for kind, rows in chosen.items() if folder in rows.index}
+        any_row = next(iter(found.values()))
+        training = any_row["training"]
+        row = {
+            "model": any_row["model"] or Path(folder).name,
+            "activation": any_row["activation"],
+            "clean_accuracy": any_row["clean_accuracy"],
+            "clean_standard_error": any_row["clean_standard_error"],
+        }
+        for kind in KINDS:
+            value, error = "robust_accuracy", "robust_standard_error"
+            if kind == "pgd_predicted":
+                value, error = (
+                    "accuracy_under_attack_predicted_labels",
+                    "standard_error_predicted_labels",
+                )
+            row[kind] = found[kind][value] if kind in found else np.nan
+            row[f"{kind}_standard_error"] = found[kind][error] if kind in found else np.nan
+        settings = training.settings if training else {}
+        record = training.record if training else {"results": {}}
+        epochs = record["results"].get("epochs_trained")
+        published = PUBLISHED.get((settings.get("architecture"), any_row["activation"]), ())
+        row |= dict(zip(("published_accuracy", "published_robustness"), published, strict=False))
+        row |= {
+            "epochs": epochs,
+            "seconds_per_epoch": record["seconds"] / epochs if epochs else None,
+            "parameters": record["results"].get("parameters"),
+            "model_sha256": any_row["model_sha256"],
+            "folder": folder,
+        }
+        table.append(((training is None, model_order(training) if training else ()), row))
+    rows = [row for _, row in sorted(table, key=lambda item: item[0])]
+    columns = ["published_accuracy", "published_robustness", "epochs", "seconds_per_epoch"]
+    frame = pd.DataFrame(rows)
+    frame = frame.reindex(columns=[*frame.columns.union(columns, sort=False)])
+    frame.attrs["n"] = {kind: int(rows["n"].iloc[0]) for kind, rows in chosen.items()}
+    frame.attrs["chosen"] = chosen
+    return frame
+
+
+def shown(table):
+    """The table as text: {header: cells}, percent with standard errors."""
+    n, chosen = table.attrs["n"], table.attrs["chosen"]
+
+    def accuracy(column):
+        return [
+            "–" if pd.isna(v) else f"{100 * v:.1f} ± {100 * e:.1f}"
+            for v, e in zip(table[column], table[_error_of(column)], strict=True)
+        ]
+
+    def plain(column, pattern):
+        return ["–" if pd.isna(v) else pattern.format(v) for v in table[column]]
+
+    cells = {"model": list(table["model"]), "clean": accuracy("clean_accuracy")}
+    for kind, name in (("pgd_true", "true labels"), ("pgd_predicted", "predicted labels*")):
+        if kind in chosen:
+            row = chosen[kind].iloc[0]
+            cells[f"PGD-{row['steps']:.0f}-{row['restarts']:.0f}, {name}"] = accuracy(kind)
+    if "suite" in n:
+        cells["suite"] = accuracy("suite")
+    if table["published_accuracy"].notna().any():
+        cells["published clean"] = plain("published_accuracy", "{:.2%}")
+        cells["published robust*"] = plain("published_robustness", "{:.2%}")
+        cells = {k: [c.rstrip("%") for c in v] for k, v in cells.items()}
+    cells["s per epoch"] = plain("seconds_per_epoch", "{:.0f}")
+    cells["epochs"] = plain("epochs", "{:.0f}")
+    cells["parameters"] = plain("parameters", "{:,.0f}")
+    return cells
+
+
+def _error_of(column):
+    return column.replace("_accuracy", "") + "_standard_error"
+
+
+def notes(table):
+    """What the figures of the table are, in sentences."""
+    n, chosen = table.attrs["n"], table.attrs["chosen"]
+    row = next(iter(chosen.values())).iloc[0]
+    step = chosen["pgd_true"].iloc[0]["alpha"] if "pgd_true" in chosen else None
+    counts = {"pgd_true": "PGD", "pgd_predicted": "PGD with predicted labels", "suite": "suite"}
+    sizes = ", ".join(f"{counts[kind]} {size:,}" for kind, size in n.items())
+    lines = [
+        f"Percent of the first test images of {_dataset(chosen)} (n: {sizes}) ± one binomial "
+        f"standard error; L-inf, eps {255 * row['epsilon']:g}/255"
+        + (f", step {255 * step:g}/255" if step else "")
+        + ". PGD-S-R: S steps, R random restarts; the worst counts, image by image."
+    ]
+    if "suite" in n:
+        lines.append("Suite: apgd-ce, apgd-t, square, pgd, each on what the ones before left.")
+    if "pgd_predicted" in n:
+        lines.append(
+            "\\* Only for comparison with figures from attacks called without labels; not a "
+            "robust accuracy."
+        )
+    return lines
+
+
+def _dataset(chosen):
+    rows = next(iter(chosen.values()))
+    name = rows["dataset"].iloc[0]
+    trained = [t.record.get("dataset") for t in rows["training"] if t is not None]
+    copies = {
+        COPIES.get(d.get("validation_fingerprint")) for d in trained if isinstance(d, dict)
+    } - {None}
+    shown = {"cifar10": "CIFAR-10"}.get(name, name)
+    return f"a {copies.pop()} of {shown}" if copies else str(shown)
+
+
+# --------------------------------------------------------------------------- paired differences
+
+
+def paired(table, reference=None, kind="pgd_true"):
+    """Each model against a reference on the same images: DataFrame, one row per other model.
+
+    Args:
+        table: of `comparison`.
+        reference: name of a model; None: a Swish, else a ReLU, else the first.
+        kind: "pgd_true" or "suite".
+
+    Returns:
+        Columns model, reference, n, robust_difference, low, high (95 %), only_model, only_reference
+        (images that stand under one alone), p (McNemar, exact), p_holm; clean_difference.
+
+    Raises:
+        InputError: if a reference is not there, or results are not of the same images.
+    """
+    rows = table.attrs["chosen"].get(kind)
+    table = table[table["folder"].isin(rows.index)] if rows is not None else table[:0]
+    if len(table) < 2:
+        return pd.DataFrame()
+    names = list(table["model"])
+    if reference is None:
+        preferred = [
+            name
+            for wanted in ("swish", "relu")
+            for name, has in zip(names, table["activation"], strict=True)
+            if has == wanted
+        ]
+        reference = (preferred or names)[0]
+    if reference not in names:
+        raise InputError(f"--reference {reference!r} is not among {', '.join(names)}")
+    images = {}
+    for name, folder in zip(names, table["folder"], strict=True):
+        result = Evaluation.read(rows.loc[folder, "path"])
+        images[name] = result
+    base = images.pop(reference)
+    differences = [
+        {"model": name, "reference": reference} | _difference(name, result, reference, base)
+        for name, result in images.items()
+    ]
+    frame = pd.DataFrame(differences)
+    frame["p_holm"] = holm(frame["p"])
+    return frame
+
+
+def _difference(name, result, reference, base):
+    for what, get in (
+        ("images", lambda r: r.summary["dataset"].get("fingerprint")),
+        ("number of images", lambda r: len(r.images)),
+    ):
+        if get(result) != get(base):
+            raise InputError(
+                f"{name} and {reference} were attacked on different {what}; evaluate both alike"
+            )
+    standing, correct = (
+        [function(r.images).to_numpy() for r in (result, base)] for function in (_robust, _clean)
+    )
+    b, c = (int((one & ~other).sum()) for one, other in (standing, standing[::-1]))
+    n = len(base.images)
+    difference, margin = (b - c) / n, 1.96 * np.sqrt(b + c - (b - c) ** 2 / n) / n
+    return {
+        "n": n,
+        "robust_difference": difference,
+        "low": difference - margin,
+        "high": difference + margin,
+        "only_model": b,
+        "only_reference": c,
+        "p": mcnemar(b, c),
+        "clean_difference": float(correct[0].mean() - correct[1].mean()),
+    }
+
+
+def _clean(rows):
+    return rows["label"] == rows["clean_prediction"]
+
+
+def _robust(rows):
+    return _clean(rows) & (rows["label"] == rows["adversarial_prediction"])
+
+
+def mcnemar(b, c):
+    """Exact two-sided p-value of b against c discordant pairs."""
+    return float(binomtest(b, b + c, 0.5).pvalue) if b + c else 1.0
+
+
+def holm(p):
+    """Holm's step-down correction of p-values (k,)."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    corrected = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
+    return np.minimum(corrected, 1.0)[np.argsort(order)]
+
+
+def shown_pairs(pairs):
+    """The paired differences as text: {header: cells}, in points."""
+    return {
+        f"against {pairs['reference'].iloc[0]}": list(pairs["model"]),
+        "robust, points": [f"{100 * d:+.1f}" for d in pairs["robust_difference"]],
+        "95 %": [
+            f"{100 * a:+.1f} to {100 * b:+.1f}"
+            for a, b in zip(pairs["low"], pairs["high"], strict=True)
+        ],
+        "stand under one alone": [
+            f"{b} / {c}" for b, c in zip(pairs["only_model"], pairs["only_reference"], strict=True)
+        ],
+        "p (Holm)": ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in pairs["p_holm"]],
+        "clean, points": [f"{100 * d:+.1f}" for d in pairs["clean_difference"]],
+    }
+
+
+def conclusion(pairs):
+    """One sentence: what n images tell apart at 5 %, and what they do not."""
+    n, reference = pairs["n"].iloc[0], pairs["reference"].iloc[0]
+    apart = pairs["p_holm"] < 0.05
+    parts = []
+    for is_above, word in ((True, "more"), (False, "less")):
+        names = pairs["model"][apart & ((pairs["robust_difference"] > 0) == is_above)]
+        if len(names):
+            parts.append(f"{word} robust than {reference}: {', '.join(names)}")
+    if not apart.all():
+        parts.append(f"not told apart from {reference}: {', '.join(pairs['model'][~apart])}")
+    return (
+        f"On {n:,} images, McNemar's exact test at 5 % with Holm's correction for {len(pairs)} "
+        f"comparison{'s' * (len(pairs) > 1)}: {'; '.join(parts)}."
+    )
+
+
+# --------------------------------------------------------------------------- model cards
+
+
+def model_cards(results):
+    """Markdown for models/README.md: one row per model; RobustBench's model_info keys where any."""
+    table = comparison(results)
+    chosen = table.attrs["chosen"]
+    rows = {}
+    for row in table.itertuples():
+        training = next(
+            (r.loc[row.folder, "training"] for r in chosen.values() if row.folder in r.index), None
+        )
+        settings = training.settings if training else {}
+        eps = next(iter(chosen.values()))["epsilon"].iloc[0]
+        data = next(iter(chosen.values()))["dataset"].iloc[0]
+        rows[row.model] = {
+            "architecture": settings.get("architecture", "–"),
+            "activation": ACTIVATION_LABELS.get(row.activation, row.activation or "–"),
+            "dataset": data,
+            "eps": f"{255 * eps:g}/255",
+            "clean_acc": f"{100 * row.clean_accuracy:.1f}",
+            "pgd_acc": _or_dash(row.pgd_true),
+            "suite_acc": _or_dash(row.suite),
+            "epochs": "–" if pd.isna(row.epochs) else f"{row.epochs:.0f}",
+            "train_eps": f"{255 * settings['epsilon']:g}/255" if "epsilon" in settings else "–",
+            "seed": settings.get("seed", "–"),
+            "additional_data": "False",
+            "parameters": "–" if pd.isna(row.parameters) else f"{row.parameters:,.0f}",
+            "sha256": f"`{str(row.model_sha256)[:12]}`",
+        }
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    columns = {"model": list(frame.index), **{c: list(frame[c]) for c in frame}}
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            "Generated from `training.json` and the result files by",
+            "`python robustness_eval.py compare models --cards models/README.md`; do not edit.",
+            "",
+            markdown(columns),
+            "",
+            *notes(table),
+            "",
+            "Accuracies in percent: clean_acc, pgd_acc (true labels), suite_acc; not AutoAttack's.",
+            "Keys follow RobustBench's model_info where it has one. sha256 is of `model.keras`.",
+            "",
+        ]
+    )
+
+
+def _or_dash(value):
+    return "–" if pd.isna(value) else f"{100 * value:.1f}"
+
+
+# --------------------------------------------------------------------------- text
+
+
+def markdown(columns):
+    """{header: cells} as a Markdown table; all but the first column to the right."""
+    lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [list(map(str, cells)) for cells in zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_table(table):
+    return "\n".join([markdown(shown(table)), "", *notes(table)])
+
+
+def markdown_pairs(pairs):
+    return "\n".join([markdown(shown_pairs(pairs)), "", conclusion(pairs)])
+
+
+def console(columns):
+    return pd.DataFrame(columns).to_string(index=False)
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="robustness_eval.py compare",
+        description="Tables, paired tests and the scatter plot, from result files alone.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="models/, or model folders")
+    parser.add_argument("--reference", metavar="MODEL", help="compared with the others (a Swish)")
+    parser.add_argument("--out", metavar="DIR", help="writes .csv, .md and .png files there")
+    parser.add_argument(
+        "--into", metavar="README.md", help="rewrites its <!-- table --> and <!-- paired --> blocks"
+    )
+    parser.add_argument("--cards", metavar="FILE.md", help="writes model cards")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """The command. Returns its exit code: 0, or 2 if something given cannot be used."""
+    arguments = parse(argv)
+    try:
+        run(arguments)
+    except InputError as error:
+        print(f"robustness_eval.py compare: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(arguments):
+    for folder in arguments.folders:
+        if not Path(folder).is_dir():
+            raise InputError(f"{folder!r} is not a folder; give model folders, or models/")
+    results = read_results(*arguments.folders)
+    if results.empty:
+        raise InputError(
+            f"no results in {', '.join(arguments.folders)}; make them with robustness_eval.py MODEL"
+        )
+    table = comparison(results)
+    pairs = paired(table, arguments.reference)
+    print(console(shown(table)), "", *notes(table), sep="\n")
+    if len(pairs):
+        print("", console(shown_pairs(pairs)), "", conclusion(pairs), sep="\n")
+    if arguments.out:
+        write(results, table, pairs, Path(arguments.out))
+    if arguments.into:
+        put_table_into(arguments.into, markdown_table(table))
+        if len(pairs):
+            put_table_into(arguments.into, markdown_pairs(pairs), "paired")
+    if arguments.cards:
+        make_writable(Path(arguments.cards).parent)
+        write_atomically(Path(arguments.cards), model_cards(results).encode())
+
+
+def write(results, table, pairs, folder):
+    """comparison.csv and .md, paired.csv, scatter.png"""
+    matplotlib.use("Agg")
+    make_writable(folder)
+    files = {"comparison.csv": csv(table), "comparison.md": markdown_table(table) + "\n"}
+    if len(pairs):
+        files["paired.csv"] = csv(pairs)
+        files["comparison.md"] += "\n" + markdown_pairs(pairs) + "\n"
+    for name, text in files.items():
+        write_atomically(folder / name, text.encode())
+    if "pgd_true" in table.attrs["chosen"]:
+        rows = table.attrs["chosen"]["pgd_true"]
+        drawn = results[results["path"].isin(rows["path"])]
+        save(accuracy_robustness_scatter(drawn).figure, folder / "scatter.png")
+
+
+def csv(frame):
+    buffer = io.StringIO()
+    frame.to_csv(buffer, index=False, float_format="%.9g", lineterminator="\n")
+    return buffer.getvalue()

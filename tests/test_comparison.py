@@ -1,0 +1,222 @@
+"""Comparisons count pairs, mix no protocols, and say the same in every form."""
+
+import json
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from experiments import InputError, comparison
+from experiments.results import AttackSettings, Evaluation, read_results, standard_error
+
+N = 100
+
+
+def add_model(root, activation, *, sha="ab"):
+    folder = root / f"net_{activation}"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "settings": {
+            "dataset": "cifar10",
+            "architecture": "resnet20",
+            "activation": activation,
+            "epochs": 3,
+            "epsilon": 8 / 255,
+            "seed": 0,
+        },
+        "results": {"parameters": 294922, "epochs_trained": 3},
+        "seconds": 240.3,
+        "model_sha256": sha,
+    }
+    (folder / "training.json").write_text(json.dumps(record))
+    return folder
+
+
+def add_result(folder, stands, *, correct=90, attack="pgd", labels="true", sha="ab", **other):
+    """A result in which the images `stands` stand and the first `correct` are right when clean."""
+    n = other.get("n", N)
+    settings = AttackSettings(attack, labels=labels)
+    clean = np.arange(n) < correct
+    keeps = np.isin(np.arange(n), stands) & clean
+    images = pd.DataFrame(
+        {
+            "index": np.arange(n),
+            "label": 0,
+            "clean_prediction": np.where(clean, 0, 1),
+            "adversarial_prediction": np.where(keeps, 0, 1),
+        }
+    )
+    robust = keeps.mean()
+    counted = {"robust_accuracy": robust, "robust_standard_error": standard_error(robust, n)}
+    if labels == "predicted":
+        counted = {
+            "accuracy_under_attack_predicted_labels": robust + 0.1,
+            "standard_error_predicted_labels": 0.05,
+        }
+    summary = {
+        "format": "robustness-1",
+        "name": settings.stem(n, "cifar10"),
+        "model": folder.name,
+        "labels": labels,
+        "protocol": settings.protocol(n, "cifar10"),
+        "attack": {
+            "name": attack,
+            "epsilon": settings.epsilon,
+            "alpha": settings.alpha,
+            "steps": settings.steps,
+            "restarts": settings.restarts,
+        },
+        "dataset": {"name": "cifar10", "fingerprint": other.get("fingerprint", "f")},
+        "n": n,
+        "clean_accuracy": clean.mean(),
+        "clean_standard_error": standard_error(clean.mean(), n),
+        "seed": 0,
+        "model_sha256": sha,
+        **counted,
+    }
+    Evaluation(images, summary).write(folder / "robustness")
+
+
+@pytest.fixture
+def models(tmp_path):
+    """ReLU stands on images 0..39, Swish on 10..59, KAF on 0..41: 10, 20; 10, 18 alone."""
+    root = tmp_path / "models"
+    for activation, stands in (("kaf", range(42)), ("swish", range(10, 60)), ("relu", range(40))):
+        folder = add_model(root, activation)
+        add_result(folder, stands)
+        add_result(folder, stands, labels="predicted")
+    yield root
+    plt.close("all")
+
+
+def test_discordant_pairs_are_counted_and_tested_as_by_hand(models):
+    pairs = comparison.paired(comparison.comparison(read_results(models)))
+    relu = pairs.set_index("model").loc["net_relu"]
+    assert (relu["reference"], relu["only_model"], relu["only_reference"]) == ("net_swish", 10, 20)
+    # Exact McNemar: twice the chance of at most 10 heads among 30 tosses.
+    heads = [1.0]
+    for k in range(10):
+        heads.append(heads[-1] * (30 - k) / (k + 1))
+    assert relu["p"] == pytest.approx(2 * sum(heads) / 2**30)
+    assert relu["robust_difference"] == pytest.approx(-0.10)
+    margin = 1.96 * np.sqrt(30 - 100 / 100) / 100
+    assert (relu["low"], relu["high"]) == pytest.approx((-0.1 - margin, -0.1 + margin))
+    assert relu["clean_difference"] == 0
+
+
+def test_swapping_the_reference_flips_the_sign(models):
+    table = comparison.comparison(read_results(models))
+    one = comparison.paired(table, "net_kaf").set_index("model").loc["net_relu"]
+    other = comparison.paired(table, "net_relu").set_index("model").loc["net_kaf"]
+    assert one["robust_difference"] == -other["robust_difference"] == pytest.approx(-0.02)
+    assert (one["only_model"], one["only_reference"]) == (0, 2)
+    assert one["p"] == other["p"] == 0.5
+
+
+def test_holm_corrects_as_by_hand():
+    np.testing.assert_allclose(comparison.holm([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
+    np.testing.assert_allclose(comparison.holm([0.9, 0.8]), [1, 1])
+    assert comparison.mcnemar(0, 0) == 1
+
+
+def test_conclusion_names_what_is_told_apart(models):
+    far = add_model(models, "elu")
+    add_result(far, [])
+    text = comparison.conclusion(comparison.paired(comparison.comparison(read_results(models))))
+    assert "less robust than net_swish: net_elu;" in text
+    assert text.endswith("not told apart from net_swish: net_relu, net_kaf.")
+    assert "3 comparisons" in text and "100 images" in text
+
+
+def test_table_has_all_protocols_in_one_row_in_order_of_activations(models):
+    add_result(models / "net_swish", range(10, 50), attack="suite")
+    table = comparison.comparison(read_results(models))
+    assert list(table["activation"]) == ["relu", "swish", "kaf"]
+    lines = comparison.markdown_table(table).splitlines()
+    assert lines[0] == (
+        "| model | clean | PGD-50-10, true labels | PGD-50-10, predicted labels* | suite | "
+        "published clean | published robust* | s per epoch | epochs | parameters |"
+    )
+    assert lines[3] == (
+        "| net_swish | 90.0 ± 3.0 | 50.0 ± 5.0 | 60.0 ± 5.0 | 40.0 ± 4.9 | 78.68 | 53.88 | 80 | "
+        "3 | 294,922 |"
+    )
+    assert "| – |" in lines[2]  # no suite for relu
+
+
+def test_protocols_do_not_mix(models):
+    """One model has more images as well: the protocol that all have is taken."""
+    add_result(models / "net_kaf", range(500), correct=900, n=1000)
+    table = comparison.comparison(read_results(models))
+    assert table.attrs["n"] == {"pgd_true": N, "pgd_predicted": N}
+    assert table.set_index("model").loc["net_kaf", "pgd_true"] == 0.42
+
+
+def test_different_images_are_refused(models):
+    add_result(models / "net_kaf", range(42), fingerprint="others")
+    with pytest.raises(InputError, match="net_kaf and net_swish were attacked on different images"):
+        comparison.paired(comparison.comparison(read_results(models)))
+
+
+def test_results_of_other_weights_are_refused(models, capsys):
+    add_result(models / "net_kaf", range(42), sha="other")
+    assert comparison.main([str(models)]) == 2
+    error = capsys.readouterr().err
+    assert "made with other weights" in error and error.count("\n") == 1
+
+
+def test_console_markdown_and_csv_agree(models, tmp_path, capsys):
+    assert comparison.main([str(models), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    written = (tmp_path / "out" / "comparison.md").read_text()
+    rows = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("model")
+    pairs = pd.read_csv(tmp_path / "out" / "paired.csv").set_index("model")
+    for name, row in rows.iterrows():
+        cell = f"{100 * row.pgd_true:.1f} ± {100 * row.pgd_true_standard_error:.1f}"
+        for text in (printed, written):
+            (line,) = [
+                one
+                for one in text.splitlines()
+                if name in one and "294,922" in one and "/" not in one
+            ]
+            assert cell in line
+    assert f"{100 * pairs.loc['net_relu', 'robust_difference']:+.1f}" in printed
+    assert (tmp_path / "out" / "scatter.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_blocks_go_between_their_markers_and_nowhere_else(models, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "a\n<!-- table -->\nstale\n<!-- /table -->\nb\n<!-- paired -->\n<!-- /paired -->\nc\n"
+    )
+    cards = tmp_path / "cards.md"
+    command = [str(models), "--into", str(readme), "--cards", str(cards)]
+    assert comparison.main(command) == 0
+    once = readme.read_text()
+    assert once.startswith("a\n<!-- table -->\n| model |") and "stale" not in once
+    assert "\nb\n<!-- paired -->\n| against net_swish |" in once and once.endswith("-->\nc\n")
+    assert comparison.main(command) == 0 and readme.read_text() == once
+    assert "| net_kaf | resnet20 | KAF | cifar10 | 8/255 | 90.0 | 42.0 | – |" in cards.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{root}/nowhere"], "is not a folder"),
+        (["{root}/empty"], "no results in"),
+        (["{root}/models", "--reference", "net_tanh"], "is not among net_relu, net_swish, net_kaf"),
+        (["{root}/models", "--into", "{root}/text.md"], "<!-- table -->"),
+        (["{root}/models", "--out", "{root}/text.md/x"], "cannot write"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(models, capsys, arguments, message):
+    root = models.parent
+    (root / "empty").mkdir()
+    (root / "text.md").write_text("no markers")
+    assert comparison.main([a.format(root=root) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
