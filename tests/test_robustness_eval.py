@@ -135,6 +135,28 @@ def test_attacked_images_and_examples_are_kept_on_demand(command, folder, capsys
     assert "read from" in capsys.readouterr().out and picture.exists()
 
 
+def test_check_prints_a_list_and_keeps_it(command, folder, tmp_path, capsys):
+    arguments = ["--check", "--n", "20", "--steps", "10"]
+    assert command.main([str(folder), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "=> no sign of masked gradients" in printed and "FAIL" not in printed
+    stem = folder / "robustness" / "checks-10-10-true-digits-n20"
+    kept = json.loads(stem.with_suffix(".json").read_text())
+    assert kept["passed"] and kept["n"] == 20 and len(kept["checks"]) == 13
+    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert read_results(folder).empty  # a check is no evaluation
+
+    saturated = linear()
+    saturated.layers[-1].kernel.assign(1e6 * saturated.layers[-1].kernel)
+    saturated.save(tmp_path / "saturated.keras")
+    transfer = ["--transfer-from", str(folder)]
+    path = str(tmp_path / "saturated.keras")
+    assert command.main([path, *arguments, *transfer, "--dataset", "digits"]) == 1
+    printed = capsys.readouterr().out
+    assert "NOT to be trusted: fails input gradients" in printed
+    assert "transfer from net" in printed
+
+
 def failing(command, capsys, *arguments):
     """The one line the command ends with."""
     assert command.main([str(a) for a in arguments]) == 2

@@ -224,7 +224,7 @@ class Moments:
 
     @property
     def gain(self):
-        """Of one layer with batch normalisation: a convolution mixes the channels, so of means."""
+        """Of one layer with batch normalisation (std = 1). Means: a convolution mixes channels."""
         return self.squared_derivative.mean() / self.variance.mean()
 
 
@@ -371,8 +371,10 @@ def gradient_norms(model, x, y, *, loss_scale=1.0):
             ((v.path, v.value) for v in model.trainable_variables if v.name == of), start=1
         )
     ]
+    x = tf.constant(x, tf.float32)
     with _statistics_kept(model), tf.GradientTape() as tape:
-        outputs = inside(tf.constant(x), training=True)
+        tape.watch(x)
+        outputs = inside(x, training=True)
         loss = loss_scale * tf.reduce_mean(_cross_entropy(y, outputs[-1]))
     names = [layer.name for layer in activation_layers(model)]
     for of, part in zip(QUANTITIES, (outputs[:count], outputs[count:-1]), strict=True):
