@@ -17,6 +17,7 @@ import pytest
 from tensorflow.python.framework.config import disable_op_determinism
 
 import kernel_expansion
+from activationsf import Kaf, Kwta
 from activationsf import activation as activation_layer
 from experiments import InputError, train
 from experiments.datasets import load
@@ -44,7 +45,7 @@ def tiny_network(name, activation, **kwargs):
     inputs = keras.Input((32, 32, 3))
     x = keras.layers.Conv2D(4, 3)(keras.layers.AveragePooling2D(4)(inputs))
     x = keras.layers.BatchNormalization()(x)
-    x = activation_layer(activation)(x)
+    x = (activation() if callable(activation) else activation_layer(activation))(x)
     x = keras.layers.Dropout(0.2)(keras.layers.Flatten()(x))
     return keras.Model(inputs, keras.layers.Dense(10)(x), name=name)
 
@@ -467,3 +468,91 @@ def test_histories_with_and_without_the_fast_paths_agree(activation, tmp_path, m
         weights_of(tmp_path / "fast"), weights_of(tmp_path / "plain"), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
+
+
+# --------------------------------------------------------------------------- settings by name
+
+
+def test_ordinary_training_attacks_nothing_and_is_measured(tiny, tmp_path):
+    record = train.train(config(epsilon=0.0, alpha=0.0, epochs=3), tmp_path / "ordinary")
+    rows = pd.read_csv(tmp_path / "ordinary" / "history.csv")
+    assert len(rows) == 3 and record["results"]["catastrophic_overfitting_in_epoch"] is None
+    assert {"probe_clean", "probe_fgsm", "probe_pgd"} <= set(rows.columns)
+    plain = train.build_trainer(train.build_network(config()), config(epsilon=0.0), 10)
+    assert type(plain).train_step is keras.Model.train_step
+
+
+def test_settings_reach_what_they_set():
+    settings = config(
+        architecture="resnet8",
+        activation="kaf",
+        kernel_initializer="he_normal",
+        lr_peak=0.2,
+        ema_momentum=0.9,
+        dictionary_size=16,
+    )
+    network = train.build_network(settings)
+    convolution = next(layer for layer in network.layers if isinstance(layer, keras.layers.Conv2D))
+    assert isinstance(convolution.kernel_initializer, keras.initializers.HeNormal)
+    assert next(layer for layer in network.layers if isinstance(layer, Kaf)).D == 16
+    optimizer = train.build_trainer(network, settings, 100).optimizer
+    assert optimizer.use_ema and optimizer.ema_momentum == 0.9
+    schedule = optimizer._learning_rate
+    assert float(schedule(20)) == pytest.approx(settings.lr_max)
+
+
+def test_saved_weights_are_the_running_mean(tiny, tmp_path, monkeypatch):
+    seen = []
+    original = train.Checkpoint.on_epoch_end
+
+    def keep(self, epoch, logs=None):
+        original(self, epoch, logs)
+        model = self.model
+        seen.extend(
+            [
+                [v.numpy() for v in model.trainable_variables],
+                [v.numpy() for v in model.optimizer._model_variables_moving_average],
+            ]
+        )
+
+    monkeypatch.setattr(train.Checkpoint, "on_epoch_end", keep)
+    train.train(config(epochs=1, ema_momentum=0.9), tmp_path / "ema")
+    saved = keras.models.load_model(tmp_path / "ema" / "model.keras").trainable_variables
+    last, mean = seen
+    for got, expected in zip(saved, mean, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(mean, last, strict=True))
+
+
+def test_ratio_of_kwta_falls_as_told(tiny, tmp_path):
+    settings = config(
+        activation="kwta",
+        optimizer="adam",
+        epochs=4,
+        kwta_anneal_from=1,
+        kwta_anneal_every=1,
+    )
+    assert kwta_ratios(train.build_network(settings)) == {0.30}
+    train.train(settings, tmp_path / "kwta")
+    # Epochs 0 and 1 at 0.30, 2 at 0.29, 3 at 0.28
+    assert kwta_ratios(keras.models.load_model(tmp_path / "kwta" / "model.keras")) == {0.28}
+
+
+def kwta_ratios(model):
+    layers = [layer for layer in model.layers if isinstance(layer, Kwta)]
+    return {round(float(layer.ratio.numpy()), 4) for layer in layers}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"kernel_initializer": "zeros"}, "Choose one of: glorot_uniform"),
+        ({"ema_momentum": 1.0}, "ema_momentum lies in"),
+        ({"dictionary_size": 1}, "at least 2 points"),
+        ({"kwta_anneal_from": 3}, "for the activation kwta"),
+        ({"kwta_anneal_every": 0}, "kwta_anneal_every must be at least 1"),
+    ],
+)
+def test_impossible_settings_by_name(changed, reason):
+    with pytest.raises(InputError, match=reason):
+        config(**changed).check()

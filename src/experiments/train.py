@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from activationsf import ACTIVATIONS
+from activationsf import ACTIVATIONS, AnnealKwta, activation
 from experiments import InputError
 from experiments.architectures import build
 from experiments.datasets import DATASETS, batches, fingerprint, is_augmentable, load
@@ -32,6 +32,8 @@ from experiments.saved_models import file_sha256
 from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe
 
 PROBE_IMAGES = 512
+PROBE_EPSILON = 8 / 255  # where training itself has no radius
+KWTA_FIRST_RATIO = 0.30  # Xiao et al. 2020
 OPTIMIZERS = {
     "sgd": lambda schedule, momentum, **kwargs: keras.optimizers.SGD(
         schedule, momentum=momentum, **kwargs
@@ -89,7 +91,7 @@ class TrainConfig:
     epochs: int = 15
     batch_size: int = 128
     train_n: int | None = None  # first images of the training split; None: all
-    epsilon: float = 8 / 255  # L-inf radius, images in [0, 1]
+    epsilon: float = 8 / 255  # L-inf radius, images in [0, 1]; 0: ordinary training
     alpha: float = 10 / 255  # FGSM step; 1.25 epsilon as in Wong et al.
     optimizer: str = "sgd"  # or adam
     lr_min: float = 0.002  # ends of the one-cycle triangular schedule
@@ -99,6 +101,9 @@ class TrainConfig:
     l2: float = 2.5e-4  # Keras l2 on every kernel; ResNets only
     kernel_initializer: str = "glorot_uniform"  # of the convolutions; ResNets only
     ema_momentum: float | None = None  # of a running mean of the weights, which is what is saved
+    dictionary_size: int = 20  # D of the KAFs
+    kwta_anneal_from: int | None = None  # epoch from which k-WTA's ratio falls from 0.30 to 0.15
+    kwta_anneal_every: int = 2  # epochs for a fall of 0.01
     seed: int = 0
     deterministic: bool = False  # TensorFlow's op determinism, slower
 
@@ -116,7 +121,7 @@ class TrainConfig:
             raise InputError(
                 f"Unknown optimizer {self.optimizer!r}. Choose one of: {', '.join(OPTIMIZERS)}."
             )
-        for name in ("epochs", "batch_size", "train_n"):
+        for name in ("epochs", "batch_size", "train_n", "kwta_anneal_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1; received {value}.")
@@ -135,6 +140,17 @@ class TrainConfig:
                 f"Unknown kernel initializer {self.kernel_initializer!r}. "
                 f"Choose one of: {', '.join(INITIALIZERS)}."
             )
+        if self.dictionary_size < 2:
+            raise InputError(
+                f"A dictionary has at least 2 points; received {self.dictionary_size}."
+            )
+        if self.kwta_anneal_from is not None and (
+            self.activation != "kwta" or self.kwta_anneal_from < 0
+        ):
+            raise InputError(
+                "kwta_anneal_from is an epoch, from 0, and for the activation kwta; "
+                f"received {self.kwta_anneal_from} for {self.activation}."
+            )
         if not (self.ema_momentum is None or 0 < self.ema_momentum < 1):
             raise InputError(f"ema_momentum lies in (0, 1); received {self.ema_momentum}.")
 
@@ -144,26 +160,48 @@ def build_network(config):
     kwargs = {}
     if config.architecture.startswith("resnet"):
         kwargs = {"l2": config.l2, "kernel_initializer": config.kernel_initializer}
-    return build(config.architecture, config.activation, **kwargs)
+    changed = {}
+    if config.activation.startswith("kaf") and config.dictionary_size != 20:
+        changed = {"D": config.dictionary_size}
+    elif config.kwta_anneal_from is not None:
+        changed = {"ratio": KWTA_FIRST_RATIO}
+
+    if not changed:
+        return build(config.architecture, config.activation, **kwargs)
+
+    def layer():
+        fresh = activation(config.activation)
+        return type(fresh).from_config(fresh.get_config() | changed)
+
+    return build(config.architecture, layer, **kwargs)
 
 
 def build_trainer(network, config, steps):
-    """A fast twin of `network` under fast adversarial training, compiled; `steps` batches."""
+    """A fast twin of `network`, compiled for `steps` batches.
+
+    It trains by fast adversarial training or, where epsilon is 0, as any Keras model.
+    """
     twin = fused(network)
-    model = FastBetterFreeTrainedModel(
-        twin.input,
-        twin.output,
-        eps=config.epsilon,
-        alpha=config.alpha,
-        seed=config.seed,
-        name=network.name,
-    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if config.epsilon:
+        model = FastBetterFreeTrainedModel(
+            twin.input,
+            twin.output,
+            eps=config.epsilon,
+            alpha=config.alpha,
+            seed=config.seed,
+            name=network.name,
+        )
+    else:
+        model = twin
+        model.loss_fn = loss  # where the probe looks for it
     schedule = TriangularCycle(config.lr_min, config.lr_max, steps, peak=config.lr_peak)
     ema = {"use_ema": True, "ema_momentum": config.ema_momentum} if config.ema_momentum else {}
     model.compile(
         OPTIMIZERS[config.optimizer](schedule, config.momentum, **ema),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        loss,
         metrics=["accuracy"],
+        jit_compile=False,
     )
     model.optimizer.build(model.trainable_variables)
     return model
@@ -208,10 +246,15 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
     first_epoch = len(checkpoint.history)
     if first_epoch:
         print(f"Resuming {out} after epoch {first_epoch} of {config.epochs}.")
-    probe = RobustnessProbe(
-        x_val[:PROBE_IMAGES], y_val[:PROBE_IMAGES], epsilon=config.epsilon,
+    radius = config.epsilon or PROBE_EPSILON
+    probe = (RobustnessProbe if config.epsilon else Measurement)(
+        x_val[:PROBE_IMAGES], y_val[:PROBE_IMAGES], epsilon=radius,
         seed=config.seed, history=checkpoint.history,
     )  # fmt: skip
+    callbacks = [probe, checkpoint]
+    if config.kwta_anneal_from is not None:
+        annealing = AnnealKwta(start=config.kwta_anneal_from, every=config.kwta_anneal_every)
+        callbacks.insert(0, annealing)
     if first_epoch < config.epochs and not checkpoint.stopped:
         augment = is_augmentable(config.dataset) and config.architecture.startswith("resnet")
         epochs = (
@@ -225,7 +268,7 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
             steps_per_epoch=steps_per_epoch,
             epochs=config.epochs,
             initial_epoch=first_epoch,
-            callbacks=[probe, checkpoint],
+            callbacks=callbacks,
             shuffle=False,  # batches() has shuffled
             verbose=verbose,
         )
@@ -238,7 +281,7 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
             model.set_weights(probe.good_weights)
     network.set_weights(model.get_weights())
     # The weights that are saved, on all validation images: what recipes are chosen by.
-    final = RobustnessProbe(x_val, y_val, epsilon=config.epsilon, seed=config.seed)
+    final = RobustnessProbe(x_val, y_val, epsilon=radius, seed=config.seed)
     final.set_model(model)
     final.on_train_begin()
     validation = {k.replace("probe", "validation"): v for k, v in final.accuracies().items()}
@@ -264,6 +307,13 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
         "hardware": hardware(),
     }
     return folder.finish(network, checkpoint.history, record)
+
+
+class Measurement(RobustnessProbe):
+    """The probe of ordinary training: there PGD accuracy falls to 0, and nothing is to be done."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs.update(self.accuracies())
 
 
 class ModelFolder:
@@ -427,7 +477,7 @@ def write_json(path, value):
 def parse(argv):
     parser = argparse.ArgumentParser(
         prog="python -m experiments.train",
-        description="Fast adversarial training of one model into a model folder; resumable.",
+        description="Fast adversarial (or ordinary) training of one model folder; resumable.",
     )
     add = parser.add_argument
     defaults = TrainConfig()
@@ -438,12 +488,17 @@ def parse(argv):
     add("--epochs", type=int, default=defaults.epochs)
     add("--batch-size", type=int, default=defaults.batch_size)
     add("--train-n", type=int, help="only the first N training images")
-    add("--epsilon", type=float, default=8, help="L-inf radius in 255ths (%(default)g)")
+    add(
+        "--epsilon", type=float, default=8, help="L-inf radius in 255ths (%(default)g); 0: ordinary"
+    )
     add("--alpha", type=float, help="step of the attack in 255ths (1.25 epsilon)")
     add("--recipe", default="fast", help="optimiser settings: fast (default), thesis, adam")
     for name in ("lr-min", "lr-max", "lr-peak", "momentum", "l2", "ema-momentum"):
         add(f"--{name}", type=float, help="instead of the recipe's")
     add("--kernel-initializer", help=f"instead of the recipe's: {', '.join(INITIALIZERS)}")
+    add("--dictionary-size", type=int, default=defaults.dictionary_size, help="D of the KAFs (20)")
+    add("--kwta-anneal-from", type=int, help="epoch from which k-WTA's ratio falls, 0.30 to 0.15")
+    add("--kwta-anneal-every", type=int, default=defaults.kwta_anneal_every, help="epochs (2)")
     add("--seed", type=int, default=defaults.seed)
     add("--deterministic", action="store_true", help="bitwise repeatable, slower")
     add("--out", required=True, help="model folder, e.g. models/cifar10_resnet20_kaf_seed0")
@@ -466,6 +521,9 @@ def config_of(args):
         train_n=args.train_n,
         epsilon=args.epsilon / 255,
         alpha=alpha / 255,
+        dictionary_size=args.dictionary_size,
+        kwta_anneal_from=args.kwta_anneal_from,
+        kwta_anneal_every=args.kwta_anneal_every,
         seed=args.seed,
         deterministic=args.deterministic,
         **optimiser,
