@@ -211,6 +211,47 @@ def test_kaf_shapes_says_that_there_is_no_kaf():
         figures.kaf_shapes(model)
 
 
+def test_models_that_differ_in_nothing_named_are_named_by_their_folders(tmp_path):
+    for number in (1, 2):
+        make_model(tmp_path / str(number), "swish").rename(tmp_path / f"pilot{number}")
+    labels = figures.model_labels(figures.trained_models(tmp_path))
+    assert sorted(labels.values()) == ["Swish, pilot1", "Swish, pilot2"]
+
+
+def test_survival_curves_recount_the_rows():
+    images = pd.DataFrame(
+        {
+            "label": [0] * 5,
+            "clean_prediction": [0, 0, 0, 0, 1],
+            "adversarial_prediction": [1, 1, 1, 0, 1],
+            "restart": pd.array([1, 1, 2, None, None], dtype="Int64"),
+            "iteration": pd.array([0, 3, 2, None, None], dtype="Int64"),
+        }
+    )
+    first, second = figures.survival_curves(images, steps=4, restarts=2).axes
+    np.testing.assert_allclose(first.lines[0].get_ydata(), [60, 60, 60, 40, 40])
+    np.testing.assert_allclose(second.lines[0].get_ydata(), [80, 40, 20])
+
+
+def test_ridge_starts_are_drawn_over_their_targets():
+    figure = figures.kaf_starts(targets=("elu",))
+    by_label = {line.get_label(): line for line in figure.axes[1].lines}
+    x = by_label["elu"].get_xdata()
+    inside = np.abs(x) <= 3
+    np.testing.assert_allclose(
+        by_label["KAF_elu"].get_ydata()[inside], by_label["elu"].get_ydata()[inside], atol=0.02
+    )
+    assert len(figure.axes[0].lines) == 6
+
+
+def test_image_rows_have_one_image_in_each_place():
+    images = np.random.default_rng(0).random((3, 4, 4, 3))
+    figure = figures.image_rows({"one": images, "two": images[:2]}, ["a", "b", "c"])
+    shown = [len(ax.images) for ax in figure.axes]
+    assert shown == [1, 1, 1, 1, 1, 0]
+    assert [ax.get_ylabel() for ax in figure.axes[::3]] == ["one", "two"]
+
+
 def test_examples_show_what_the_model_said_and_how_sure_it_was():
     x = np.full((2, 4, 4, 3), 0.5, "float32")
     x_adv = x + np.float32(8 / 255)

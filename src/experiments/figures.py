@@ -114,10 +114,11 @@ def model_labels(models):
                 value = model.settings.get(setting)
                 label += f", {value}" if isinstance(value, str) else f", {setting} {value}"
         labels[model.folder] = label
-    for folder, label in labels.copy().items():
-        if list(labels.values()).count(label) > 1:
-            labels[folder] = f"{label}, {folder.name}"
-    return labels
+    given = list(labels.values())
+    return {
+        folder: f"{label}, {folder.name}" if given.count(label) > 1 else label
+        for folder, label in labels.items()
+    }
 
 
 def activation_of(label):
@@ -631,6 +632,104 @@ def adversarial_examples(x, x_adv, y, clean_logits, adv_logits, class_names, ind
     return figure
 
 
+# --------------------------------------------------------------------------- for the notebooks
+
+
+def image_rows(rows, titles=None):
+    """Images side by side: {label: images (K, H, W, C) in [0, 1]}, one row each; titles (K,)."""
+    count = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(
+        len(rows),
+        count,
+        figsize=(1.15 * count + 1, 1.25 * len(rows) + 0.3),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat:
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.set_frame_on(False)
+    for row, (label, images) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(label, fontsize=9)
+        for ax, image in zip(row, images, strict=False):
+            ax.imshow(np.clip(image, 0, 1))
+    for ax, title in zip(axes[0], titles if titles is not None else [], strict=False):
+        ax.set_title(title, fontsize=9)
+    return figure
+
+
+def kaf_starts(targets=("elu", "swish"), channels=6, seed=0):
+    """What a Kaf is before training: random coefficients, and the ridge fit of each target.
+
+    A ridge start is drawn with its D terms alpha_i kappa(x, d_i) and the function it fits.
+    """
+    import keras
+
+    from activationsf import Kaf
+
+    x = np.linspace(-5, 5, 400, dtype="float32")
+    figure, axes = plt.subplots(
+        1, 1 + len(targets), figsize=(4 * (1 + len(targets)), 3.4), layout="constrained"
+    )
+    keras.utils.set_random_seed(seed)
+    layer = Kaf()
+    g = keras.ops.convert_to_numpy(layer(np.repeat(x[:, None], channels, axis=1)))
+    axes[0].plot(x, g, color=ACTIVATION_COLORS["kaf"], lw=1)
+    axes[0].set_title(f"random start: {channels} channels", fontsize=10)
+    for ax, target in zip(axes[1:], targets, strict=True):
+        layer = Kaf(ridge=target)
+        g = keras.ops.convert_to_numpy(layer(x[:, None]))[:, 0]
+        alpha = keras.ops.convert_to_numpy(layer.alpha)[:, 0]
+        dictionary = np.linspace(-layer.boundary, layer.boundary, layer.D)
+        gamma = 1 / (6 * (dictionary[1] - dictionary[0]) ** 2)
+        terms = alpha * np.exp(-gamma * (x[:, None] - dictionary) ** 2)
+        ax.plot(x, terms, color="0.75", lw=0.7)
+        ax.plot([], [], color="0.75", lw=0.7, label="terms of the sum")
+        fitted = keras.ops.convert_to_numpy(keras.activations.get(target)(x))
+        ax.plot(x, fitted, color=ACTIVATION_COLORS.get(target), ls="--", label=target)
+        ax.plot(x, g, color=ACTIVATION_COLORS.get(f"kaf_{target}", "C1"), label=f"KAF_{target}")
+        low, high = min(g.min(), fitted.min()), max(g.max(), fitted.max())
+        ax.set_ylim(low - 0.5, high + 0.5)
+        ax.set_title(f"ridge start: {target}; terms up to {np.abs(terms).max():.0f}", fontsize=10)
+        ax.legend(frameon=False, fontsize=8)
+    for ax in axes:
+        ax.axvspan(-3, 3, color="0.93", zorder=0)
+        ax.set_xlabel("pre-activation x (dictionary range shaded)")
+        ax.grid(alpha=0.25)
+    axes[0].set_ylabel("g(x)")
+    return figure
+
+
+def survival_curves(images, steps, restarts):
+    """Robust accuracy while an attack with true labels goes on, from one result's rows per image.
+
+    Left: after each iteration of the first restart; right: after each restart.
+
+    Args:
+        images: `Evaluation.images`, of a single attack. steps, restarts: of that attack.
+    """
+    clean = images["label"] == images["clean_prediction"]
+    n = len(images)
+    fell_in = images["restart"].astype("float").where(clean).to_numpy()
+    fell_at = images["iteration"].astype("float").to_numpy()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    iterations = np.arange(steps + 1)
+    first = [clean.sum() - ((fell_in == 1) & (fell_at <= k)).sum() for k in iterations]
+    axes[0].step(iterations, 100 * np.array(first) / n, where="post", color="0.2")
+    axes[0].set_xlabel("iteration of the first restart (0: its random start)")
+    numbers = np.arange(restarts + 1)
+    after = [clean.sum() - (fell_in <= r).sum() for r in numbers]
+    axes[1].plot(numbers, 100 * np.array(after) / n, "o-", color="0.2")
+    axes[1].set_xlabel("restarts done (0: clean)")
+    axes[0].set_ylabel(f"still standing, % of {n} images")
+    for ax in axes:
+        ax.axhline(100 * clean.mean(), color="0.6", ls=":", label="clean")
+        ax.set_ylim(0, None)
+        ax.grid(alpha=0.25)
+    axes[0].legend(frameon=False)
+    return figure
+
+
 # --------------------------------------------------------------------------- tables in texts
 
 
@@ -647,6 +746,217 @@ def put_table_into(path, table, name="table"):
     if not (start and end) or opening in after:
         raise InputError(f"{str(path)!r} must hold {opening} and, after it, {closing}, once each")
     write_atomically(path, f"{before}{start}\n{table}\n{end}{after}".encode())
+
+
+# ---------------------------------------------------------------- notebook figures: insights
+
+
+def layer_activation(layer):
+    """The name under which the study's tables have an activation layer, or its own."""
+    if layer.__class__.__name__ == "Kwta":
+        return "kwta"
+    if hasattr(layer, "alpha"):
+        return kaf_activation(layer)
+    return {"silu": "swish"}.get(layer.activation.__name__, layer.activation.__name__)
+
+
+def activation_histograms(
+    model, clean, attacked, *, limit=6.0, panels=8, channels=5, functions=True, title=None
+):
+    """Pre-activations of some layers, clean against attacked, with the activation over them.
+
+    Args:
+        clean, attacked: of `experiments.insights.histograms` with this `limit`, (L, bins + 2).
+        panels: how many layers are drawn, evenly spaced, first and last included.
+        channels: how many functions of each KAF layer are drawn.
+        functions: False leaves the activation out (it does not act on channel means).
+
+    Returns:
+        The Figure.
+    """
+    from experiments.insights import activation_layers
+
+    layers = activation_layers(model)
+    chosen = _evenly(len(layers), panels)
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.9 * columns, 2.15 * rows + 1.1), sharex=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    edges = np.linspace(-limit, limit, clean.shape[1] - 1)
+    density = 1 / (edges[1] - edges[0])
+    z = np.linspace(-limit, limit, 241)
+    name = layer_activation(layers[0])
+    color = ACTIVATION_COLORS.get(name, OTHER_COLOR)
+    for place, (ax, index) in enumerate(zip(axes.flat, chosen, strict=False)):
+        layer = layers[index]
+        ax.stairs(density * clean[index, 1:-1], edges, fill=True, color="0.8")
+        ax.stairs(density * attacked[index, 1:-1], edges, color=color, lw=1.4)
+        ax.set_title(f"layer {index + 1}: {_size(layer)}", fontsize=9, pad=3)
+        ax.tick_params(labelsize=8)
+        ax.set_xlim(-limit, limit)
+        ax.set_ylim(0, None)
+        if functions and name != "kwta":
+            values = kaf_values(layer, z) if _is_kaf(name) else np.asarray(layer(z[:, None]))
+            second = ax.twinx()
+            shown = _evenly(values.shape[1], channels)
+            second.plot(z, values[:, shown], color="black", lw=0.9, ls=(0, (3, 1.5)), alpha=0.75)
+            second.tick_params(labelsize=8)
+            if place % columns == columns - 1 or index == chosen[-1]:
+                second.set_ylabel("g(z)", fontsize=9)
+        if _is_kaf(name) and not layer.moving and functions:
+            for end in (-layer.boundary, layer.boundary):
+                ax.axvline(end, color="0.45", lw=0.9, ls=":")
+    for ax in list(axes.flat)[len(chosen) :]:
+        ax.set_axis_off()
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, color="0.8", label="clean images"),
+        Line2D([], [], color=color, lw=1.4, label="attacked images"),
+    ]
+    if functions and name != "kwta":
+        many = f" (up to {channels} channels)" if _is_kaf(name) else ""
+        handles.append(
+            Line2D([], [], color="black", lw=0.9, ls=(0, (3, 1.5)), label=f"activation g{many}")
+        )
+    if _is_kaf(name) and functions:
+        handles.append(Line2D([], [], color="0.45", lw=0.9, ls=":", label="ends of the dictionary"))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
+    )
+    figure.supxlabel("pre-activation z" if functions else "channel mean of z", fontsize=10)
+    figure.supylabel("density", fontsize=10)
+    figure.suptitle(title or f"{ACTIVATION_LABELS.get(name, name)} in {model.name}", fontsize=11)
+    return figure
+
+
+LINE_STYLES = ("-", "--", ":", "-.")
+LINE_MARKERS = ("o", "s", "^", "D")
+
+
+def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None):
+    """One line for each network over its layers, with a band where there is an interval.
+
+    Args:
+        curves: {label: Series, or DataFrame with value, low and high, indexed by layer}; a label
+            being an activation's name, perhaps with more after a comma ("kaf, depth 56"), which
+            gives the colour; lines of one activation differ in style. Values that are not finite
+            are crosses at the top.
+        reference: a y where a thin line is drawn.
+
+    Returns:
+        The Axes.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    drawn, not_finite = [], []
+    for label, curve in curves.items():
+        kind = drawn.count(activation_of(label)) % len(LINE_STYLES)
+        drawn.append(activation_of(label))
+        first, *rest = label.split(",")
+        name = ",".join([ACTIVATION_LABELS.get(first, first), *rest])
+        value = curve["value"] if isinstance(curve, pd.DataFrame) else curve
+        finite = value.where(np.isfinite(value))
+        line = {"color": color_of(label), "ls": LINE_STYLES[kind], "marker": LINE_MARKERS[kind]}
+        ax.plot(value.index, finite, lw=1.4, ms=3 if len(value) > 25 else 4, label=name, **line)
+        if isinstance(curve, pd.DataFrame):
+            band = {"color": color_of(label), "alpha": 0.18, "lw": 0}
+            ax.fill_between(curve.index, curve["low"], curve["high"], **band)
+        not_finite.append((value.index[~np.isfinite(value)], color_of(label)))
+    if log:
+        ax.set_yscale("log")
+    if reference is not None:
+        ax.axhline(reference, color="0.5", lw=0.8)
+    for height, (layers, color) in enumerate(pair for pair in not_finite if len(pair[0])):
+        across = ax.get_xaxis_transform()
+        top = np.full(len(layers), 0.97 - 0.05 * height)
+        ax.plot(layers, top, "x", color=color, ms=5, transform=across, ls="none")
+        ax.annotate(
+            "not finite", (layers[-1], top[0]), (6, 0), xycoords=across,
+            textcoords="offset points", color=color, fontsize=8, va="center",
+        )  # fmt: skip
+    ax.set_xlabel("layer, from the input")
+    ax.set_ylabel(ylabel)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.25)
+    ax.set_axisbelow(True)
+    ax.legend(fontsize=8, frameon=False)
+    if title:
+        ax.set_title(title, fontsize=10)
+    return ax
+
+
+def training_steps(histories, *, window=10, title=None):
+    """Loss and gradient norm of short trainings, step by step.
+
+    Args:
+        histories: {label: table of `experiments.insights.train_steps`}, labels as in `by_layer`.
+        window: steps over which the loss is averaged.
+
+    Returns:
+        The Figure.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    losses, norms = {}, {}
+    for label, history in histories.items():
+        history = history.set_index("step")
+        losses[label] = history["loss"].rolling(window, min_periods=1).mean()
+        norms[label] = history["gradient_norm"]
+    by_layer(losses, ylabel=f"cross-entropy (mean of {window} steps, nats)", ax=left, log=True)
+    by_layer(norms, ylabel="norm of the gradient in all weights", ax=right, log=True)
+    for ax in (left, right):
+        ax.set_xlabel("step")
+        for line in ax.lines:
+            line.set_markevery(max(1, len(line.get_xdata()) // 10))
+        ax.get_legend().remove()
+    left.axhline(np.log(10), color="0.5", lw=0.8)
+    left.annotate(
+        "chance: ln 10", (1, np.log(10)), (-4, 3), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="right", fontsize=8, color="0.35",
+    )  # fmt: skip
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False,
+        fontsize=9,
+    )  # fmt: skip
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def movement_and_robustness(points, *, xlabel, ylabel="robust accuracy (%)", ax=None):
+    """One point for each network: a movement (x) with its interval, and a robust accuracy (y).
+
+    Args:
+        points: DataFrame indexed by label; x, low, high (of x), and y, error (fractions).
+
+    Returns:
+        The Axes.
+    """
+    if ax is None:
+        _, ax = plt.subplots(figsize=(5.5, 4.2), layout="constrained")
+    for label, row in points.iterrows():
+        name, color = activation_of(label), color_of(label)
+        marker, size = _marker(name)
+        ax.errorbar(
+            row["x"],
+            100 * row["y"],
+            xerr=[[row["x"] - row["low"]], [row["high"] - row["x"]]],
+            yerr=100 * row["error"],
+            color=color,
+            elinewidth=1,
+            capsize=2.5,
+            marker=marker,
+            ms=size,
+            mec="white",
+            ls="none",
+            label=ACTIVATION_LABELS.get(label, label),
+        )
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
 
 
 # --------------------------------------------------------------------------- the command

@@ -1,0 +1,45 @@
+"""Every notebook runs from top to bottom in a fresh kernel, at its quick setting."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs_at_its_quick_setting(path, monkeypatch):
+    monkeypatch.setenv("QUICK", "1")
+    monkeypatch.delenv("CIFAR10_DIR", raising=False)  # the quick setting needs no download
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(NOTEBOOKS)}}
+    before = set((NOTEBOOKS.parent / "models").rglob("*"))
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    assert set((NOTEBOOKS.parent / "models").rglob("*")) == before
+    assert all(cell.execution_count for cell in code_cells(notebook))
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_is_as_a_reader_expects_it(path):
+    notebook = nbformat.read(path, as_version=4)
+    tagged = [c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", ())]
+    assert len(tagged) == 1 and 'os.environ.get("QUICK")' in tagged[0].source
+    assert notebook.cells[0].cell_type == "markdown"
+    assert path.stat().st_size < 1_500_000
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
+    text = nbformat.writes(notebook)
+    assert os.path.expanduser("~") + "/" not in text
+
+
+def test_all_notebooks_are_listed():
+    listed = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        assert f"`{path.name}`" in listed
