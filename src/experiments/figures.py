@@ -761,7 +761,7 @@ def layer_activation(layer):
 
 
 def activation_histograms(
-    model, clean, attacked, *, limit=6.0, panels=8, channels=5, functions=True, title=None
+    model, clean, attacked, *, limit=6.0, panels=6, channels=4, functions=True, title=None
 ):
     """Pre-activations of some layers, clean against attacked, with the activation over them.
 
@@ -778,10 +778,10 @@ def activation_histograms(
 
     layers = activation_layers(model)
     chosen = _evenly(len(layers), panels)
-    columns = min(4, len(chosen))
+    columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(2.9 * columns, 2.15 * rows + 1.1), sharex=True,
+        rows, columns, figsize=(3.4 * columns, 2.2 * rows + 0.9), sharex=True,
         squeeze=False, layout="constrained",
     )  # fmt: skip
     edges = np.linspace(-limit, limit, clean.shape[1] - 1)
@@ -824,17 +824,17 @@ def activation_histograms(
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9
     )
-    figure.supxlabel("pre-activation z" if functions else "channel mean of z", fontsize=10)
+    for ax in axes[-1]:
+        ax.set_xlabel("pre-activation z" if functions else "channel mean of z", fontsize=9)
     figure.supylabel("density", fontsize=10)
     figure.suptitle(title or f"{ACTIVATION_LABELS.get(name, name)} in {model.name}", fontsize=11)
     return figure
 
 
-LINE_STYLES = ("-", "--", ":", "-.")
-LINE_MARKERS = ("o", "s", "^", "D")
+LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 
 
-def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None):
+def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None, legend=True):
     """One line for each network over its layers, with a band where there is an interval.
 
     Args:
@@ -857,14 +857,16 @@ def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None):
         name = ",".join([ACTIVATION_LABELS.get(first, first), *rest])
         value = curve["value"] if isinstance(curve, pd.DataFrame) else curve
         finite = value.where(np.isfinite(value))
-        line = {"color": color_of(label), "ls": LINE_STYLES[kind], "marker": LINE_MARKERS[kind]}
-        ax.plot(value.index, finite, lw=1.4, ms=3 if len(value) > 25 else 4, label=name, **line)
+        line = {"color": color_of(label), "ls": LINE_STYLES[kind], "lw": 1.4, "label": name}
+        ax.plot(value.index, finite, marker=_marker(activation_of(label))[0], ms=4, **line)
         if isinstance(curve, pd.DataFrame):
             band = {"color": color_of(label), "alpha": 0.18, "lw": 0}
             ax.fill_between(curve.index, curve["low"], curve["high"], **band)
         not_finite.append((value.index[~np.isfinite(value)], color_of(label)))
     if log:
         ax.set_yscale("log")
+    else:
+        ax.set_ylim(0, None)
     if reference is not None:
         ax.axhline(reference, color="0.5", lw=0.8)
     for height, (layers, color) in enumerate(pair for pair in not_finite if len(pair[0])):
@@ -880,10 +882,20 @@ def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None):
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.25)
     ax.set_axisbelow(True)
-    ax.legend(fontsize=8, frameon=False)
+    if legend:
+        ax.legend(fontsize=8, frameon=False)
     if title:
         ax.set_title(title, fontsize=10)
     return ax
+
+
+def shared_legend(figure, ncols=4):
+    """One legend below a figure for all its panels, which show the same networks."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=min(ncols, len(names)), frameon=False,
+        fontsize=9,
+    )  # fmt: skip
 
 
 def training_steps(histories, *, window=10, title=None):
@@ -902,23 +914,19 @@ def training_steps(histories, *, window=10, title=None):
         history = history.set_index("step")
         losses[label] = history["loss"].rolling(window, min_periods=1).mean()
         norms[label] = history["gradient_norm"]
-    by_layer(losses, ylabel=f"cross-entropy (mean of {window} steps, nats)", ax=left, log=True)
-    by_layer(norms, ylabel="norm of the gradient in all weights", ax=right, log=True)
+    lines = {"log": True, "legend": False}
+    by_layer(losses, ylabel=f"cross-entropy (mean of {window} steps, nats)", ax=left, **lines)
+    by_layer(norms, ylabel="norm of the gradient in all weights", ax=right, **lines)
     for ax in (left, right):
         ax.set_xlabel("step")
         for line in ax.lines:
             line.set_markevery(max(1, len(line.get_xdata()) // 10))
-        ax.get_legend().remove()
     left.axhline(np.log(10), color="0.5", lw=0.8)
     left.annotate(
         "chance: ln 10", (1, np.log(10)), (-4, 3), xycoords=("axes fraction", "data"),
         textcoords="offset points", ha="right", fontsize=8, color="0.35",
     )  # fmt: skip
-    handles, names = left.get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False,
-        fontsize=9,
-    )  # fmt: skip
+    shared_legend(figure, ncols=3)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure

@@ -26,6 +26,7 @@ import tensorflow as tf
 from keras import ops
 
 from activationsf import Kaf, Kwta
+from activationsf import activation as activation_by_name
 from experiments import InputError
 from experiments.datasets import batches
 from kernel_expansion import equally_spaced_dictionary, plain_expansion, rule_of_thumb_bandwidth
@@ -71,7 +72,6 @@ def _values(model, training=False):
     """Function: images (B, H, W, C) -> pre-activations and activations, L tensors each."""
     inside, count = _inside(model)
 
-    @tf.function(input_signature=[tf.TensorSpec((None, *model.input_shape[1:]), tf.float32)])
     def values(x):
         outputs = inside(x, training=training)
         return outputs[:count], outputs[count : 2 * count]
@@ -260,7 +260,26 @@ def random_start_moments(D=20, boundary=3.0, alpha_std=0.05, *, std=1.0):
     return Moments(*(np.array([value]) for value in total))
 
 
-def predicted_growth(model):
+def measured_moments(model, x):
+    """`moments` over the pre-activations that the images x (B, H, W, C) give, in training mode.
+
+    Returns:
+        {layer name: Moments}, for the L activation layers.
+    """
+    with _statistics_kept(model):
+        pre_activations, _ = _values(model, training=True)(tf.constant(x))
+    found = {}
+    for layer, z in zip(activation_layers(model), pre_activations, strict=True):
+        with tf.GradientTape() as tape:
+            tape.watch(z)
+            g = layer(z)
+        derivative = tape.gradient(g, z)
+        g, derivative = (np.asarray(v, "float64").reshape(-1, z.shape[-1]) for v in (g, derivative))
+        found[layer.name] = Moments((derivative**2).mean(axis=0), g.var(axis=0))
+    return found
+
+
+def predicted_growth(model, moments_of=None):
     """The squared gradient at each pre-activation over that at the last one, by variances alone.
 
     For a network at initialisation (batch norm with scale 1 and shift 0) with random weights, wide,
@@ -270,6 +289,10 @@ def predicted_growth(model):
     multiplied by the same gain, divided by the variance that was normalised, multiplied by
     E[g'(z)^2], and adds up where a value was used twice.
 
+    Args:
+        moments_of: `measured_moments`, for the distributions that are there. None: every
+            pre-activation is taken as normal.
+
     Returns:
         float64 (L,), the last being 1.
 
@@ -277,6 +300,7 @@ def predicted_growth(model):
         InputError: for layers other than convolution, dense, batch norm, activation and addition.
     """
     layers = activation_layers(model)
+    moments_of = dict(moments_of or {})
     variance, order = {}, []  # of each layer's output; layers in the order of the computation
 
     def visit(layer):
@@ -285,7 +309,10 @@ def predicted_growth(model):
         for source in _sources(layer):
             visit(source)
         before = [variance[source.name] for source in _sources(layer)]
-        variance[layer.name] = _forward(layer, before)
+        if isinstance(layer, Kaf | keras.layers.Activation) and layer.name not in moments_of:
+            channels, std = layer.output.shape[-1], float(np.sqrt(before[0]))
+            moments_of[layer.name] = moments(layer, channels, std=std)
+        variance[layer.name] = _forward(layer, before, moments_of)
         order.append(layer)
 
     last = _sources(layers[-1])[0]
@@ -295,7 +322,7 @@ def predicted_growth(model):
     for layer in reversed(order):
         before = [variance[source.name] for source in _sources(layer)]
         for source in _sources(layer):
-            squared[source.name] += squared[layer.name] * _backward(layer, before)
+            squared[source.name] += squared[layer.name] * _backward(layer, before, moments_of)
     return np.array([squared[_sources(layer)[0].name] for layer in layers])
 
 
@@ -307,7 +334,7 @@ def _sources(layer):
     return [tensor._keras_history.operation for tensor in tensors]
 
 
-def _forward(layer, before):
+def _forward(layer, before, moments_of):
     """Variance of a layer's output from those of its inputs, a list."""
     if isinstance(layer, keras.layers.InputLayer):
         return 1.0  # any: the first batch norm divides by it
@@ -318,21 +345,21 @@ def _forward(layer, before):
     if isinstance(layer, keras.layers.BatchNormalization):
         return before[0] / (before[0] + layer.epsilon)
     if isinstance(layer, Kaf | keras.layers.Activation):
-        return _layer_moments(layer, before[0]).variance.mean()
+        return moments_of[layer.name].variance.mean()
     raise InputError(
         "predicted_growth knows convolutions, dense layers, batch norm, activations and additions; "
         f"got {type(layer).__name__} {layer.name!r}"
     )
 
 
-def _backward(layer, before):
+def _backward(layer, before, moments_of):
     """Squared gradient at each input of a layer over that at its output."""
     if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
         return _kernel_gain(layer)
     if isinstance(layer, keras.layers.BatchNormalization):
         return 1 / (before[0] + layer.epsilon)
     if isinstance(layer, Kaf | keras.layers.Activation):
-        return _layer_moments(layer, before[0]).squared_derivative.mean()
+        return moments_of[layer.name].squared_derivative.mean()
     return 1.0  # an addition
 
 
@@ -340,10 +367,6 @@ def _kernel_gain(layer):
     """Fan-in times the mean squared weight."""
     kernel = np.asarray(layer.kernel, "float64")
     return np.mean(kernel**2) * np.prod(kernel.shape[:-1])
-
-
-def _layer_moments(layer, variance):
-    return moments(layer, layer.output.shape[-1], std=float(np.sqrt(variance)))
 
 
 # --------------------------------------------------------------------------- gradients: measurement
@@ -444,6 +467,23 @@ def dtype_policy(name):
         yield
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def plain_network(activation, depth, *, batch_norm=True, filters=32, input_shape=(32, 32, 3)):
+    """[conv3x3 - batch norm - activation] x depth, pooled to 10 logits: no skips. A keras.Model.
+
+    Args:
+        activation: a name of `activationsf.ACTIVATIONS`. batch_norm: False leaves it out.
+    """
+    inputs = x = keras.Input(input_shape)
+    for index in range(depth):
+        strides = 2 if index == 0 else 1
+        x = keras.layers.Conv2D(filters, 3, strides=strides, padding="same")(x)
+        if batch_norm:
+            x = keras.layers.BatchNormalization()(x)
+        x = activation_by_name(activation)(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(10, name="logits")(x), name=f"plain{depth}")
 
 
 # --------------------------------------------------------------------------- a short training
