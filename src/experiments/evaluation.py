@@ -66,7 +66,7 @@ from experiments.results import (
     versions,
     write_atomically,
 )
-from experiments.saved_models import logits_of
+from experiments.saved_models import LOGITS, logits_of
 from experiments.square import Square
 
 __all__ = ["AttackSettings", "Evaluation", "evaluate", "evaluate_saved", "read_results"]
@@ -123,7 +123,8 @@ def evaluate(
     """Attack a classifier and count what stands; the module's first lines say how.
 
     Args:
-        model: Keras model, or callable f(x, training=False), giving logits or probabilities.
+        model: Keras model, or callable f(x, training=False), giving logits or probabilities; or a
+            CompiledClassifier, which spares compiling it again.
         x: images (N, H, W, C), float32 in [0, 1]. y: true labels (N,), int.
         attack: one of `experiments.results.ATTACKS`.
         epsilon: L-inf radius in the units of x.
@@ -192,6 +193,19 @@ def _check_images(x, y):
 
 def _classifier(model, x, y, classes, batch_size):
     """ART's classifier, what its outputs are, and clean predictions (N,); refused with a reason."""
+    if isinstance(model, CompiledClassifier):
+        classifier, outputs = model, LOGITS
+    else:
+        classifier, outputs = _compiled(model, x, y, classes, batch_size)
+    clean = classifier.predict(x, batch_size)
+    if not np.all(np.isfinite(clean)):
+        raise InputError("the model gives NaN or infinite outputs on clean images; train it again")
+    classifier.check_gradient(x[:8], y[:8])
+    return classifier, outputs, clean.argmax(axis=-1)
+
+
+def _compiled(model, x, y, classes, batch_size):
+    """A model's `CompiledClassifier`, and what its outputs are."""
     _check_input_shape(model, x.shape[1:])
     some = x[:batch_size]
     with _one_line(f"the model cannot be called on images {x.shape[1:]}"):
@@ -207,11 +221,7 @@ def _classifier(model, x, y, classes, batch_size):
         logits, outputs = logits_of(model, some)
         classifier = CompiledClassifier(logits, int(shape[1]), x.shape[1:])
         classifier.predict(some, batch_size)
-    clean = classifier.predict(x, batch_size)
-    if not np.all(np.isfinite(clean)):
-        raise InputError("the model gives NaN or infinite outputs on clean images; train it again")
-    classifier.check_gradient(x[:8], y[:8])
-    return classifier, outputs, clean.argmax(axis=-1)
+    return classifier, outputs
 
 
 @contextlib.contextmanager

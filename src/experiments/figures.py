@@ -883,7 +883,7 @@ def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None, 
     ax.grid(alpha=0.25)
     ax.set_axisbelow(True)
     if legend:
-        ax.legend(fontsize=8, frameon=False)
+        ax.legend(fontsize=8, frameon=False, handlelength=3.5)
     if title:
         ax.set_title(title, fontsize=10)
     return ax
@@ -894,7 +894,7 @@ def shared_legend(figure, ncols=4):
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(
         handles, names, loc="outside lower center", ncols=min(ncols, len(names)), frameon=False,
-        fontsize=9,
+        fontsize=9, handlelength=3.5,
     )  # fmt: skip
 
 
@@ -923,8 +923,8 @@ def training_steps(histories, *, window=10, title=None):
             line.set_markevery(max(1, len(line.get_xdata()) // 10))
     left.axhline(np.log(10), color="0.5", lw=0.8)
     left.annotate(
-        "chance: ln 10", (1, np.log(10)), (-4, 3), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right", fontsize=8, color="0.35",
+        "chance: ln 10", (0, np.log(10)), (4, 3), xycoords=("axes fraction", "data"),
+        textcoords="offset points", fontsize=8, color="0.35",
     )  # fmt: skip
     shared_legend(figure, ncols=3)
     if title:

@@ -234,12 +234,13 @@ def moments(function, channels=1, *, std=1.0):
     Args:
         function: of a tensor (N, channels), elementwise, a function per channel: a built Kaf layer,
             keras.activations.relu, ... Kinks and jumps are fine at 0, between two points.
+        std: a number, or one for each channel (C,).
     """
     edges = np.linspace(-8, 8, 4001)
     z = (edges[1:] + edges[:-1]) / 2
     weights = np.exp(-(z**2) / 2)
     weights /= weights.sum()
-    x = tf.constant(np.repeat(std * z[:, None], channels, axis=1), tf.float32)
+    x = tf.constant(z[:, None] * np.broadcast_to(std, channels), tf.float32)
     with tf.GradientTape() as tape:
         tape.watch(x)
         g = function(x)
@@ -283,11 +284,10 @@ def predicted_growth(model, moments_of=None):
     """The squared gradient at each pre-activation over that at the last one, by variances alone.
 
     For a network at initialisation (batch norm with scale 1 and shift 0) with random weights, wide,
-    in training mode, borders of the images left out. Forward, the variance of a feature is
-    multiplied by a convolution's gain (fan-in times the mean squared weight), becomes 1 in batch
-    normalisation, and adds up where skips meet. Backward, the squared norm of the gradient is
-    multiplied by the same gain, divided by the variance that was normalised, multiplied by
-    E[g'(z)^2], and adds up where a value was used twice.
+    in training mode, borders of the images left out. Channel by channel: forward, variances are
+    mixed by a convolution's squared weights, become 1 in batch normalisation, and add up where
+    skips meet. Backward, squared gradients are mixed by the same weights, divided by the variance
+    that was normalised, multiplied by E[g'(z)^2], and add up where a value was used twice.
 
     Args:
         moments_of: `measured_moments`, for the distributions that are there. None: every
@@ -310,20 +310,21 @@ def predicted_growth(model, moments_of=None):
             visit(source)
         before = [variance[source.name] for source in _sources(layer)]
         if isinstance(layer, Kaf | keras.layers.Activation) and layer.name not in moments_of:
-            channels, std = layer.output.shape[-1], float(np.sqrt(before[0]))
-            moments_of[layer.name] = moments(layer, channels, std=std)
+            std = np.sqrt(before[0])
+            moments_of[layer.name] = moments(layer, len(std), std=std)
         variance[layer.name] = _forward(layer, before, moments_of)
         order.append(layer)
 
     last = _sources(layers[-1])[0]
     visit(last)
-    squared = dict.fromkeys(variance, 0.0)  # gradient at each layer's output
-    squared[last.name] = 1.0
+    squared = {name: np.zeros_like(values) for name, values in variance.items()}
+    squared[last.name] += 1 / len(squared[last.name])  # gradient at each layer's output
     for layer in reversed(order):
-        before = [variance[source.name] for source in _sources(layer)]
         for source in _sources(layer):
-            squared[source.name] += squared[layer.name] * _backward(layer, before, moments_of)
-    return np.array([squared[_sources(layer)[0].name] for layer in layers])
+            squared[source.name] += _backward(
+                layer, squared[layer.name], variance[source.name], moments_of
+            )
+    return np.array([squared[_sources(layer)[0].name].sum() for layer in layers])
 
 
 def _sources(layer):
@@ -335,38 +336,38 @@ def _sources(layer):
 
 
 def _forward(layer, before, moments_of):
-    """Variance of a layer's output from those of its inputs, a list."""
+    """Variances (C,) of a layer's output from a list of those of its inputs."""
     if isinstance(layer, keras.layers.InputLayer):
-        return 1.0  # any: the first batch norm divides by it
+        return np.ones(layer.output.shape[-1])  # any: the first batch norm divides by it
     if isinstance(layer, keras.layers.Add):
         return sum(before)
     if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
-        return before[0] * _kernel_gain(layer)
+        return before[0] @ _squared_weights(layer)
     if isinstance(layer, keras.layers.BatchNormalization):
         return before[0] / (before[0] + layer.epsilon)
     if isinstance(layer, Kaf | keras.layers.Activation):
-        return moments_of[layer.name].variance.mean()
+        return moments_of[layer.name].variance
     raise InputError(
         "predicted_growth knows convolutions, dense layers, batch norm, activations and additions; "
         f"got {type(layer).__name__} {layer.name!r}"
     )
 
 
-def _backward(layer, before, moments_of):
-    """Squared gradient at each input of a layer over that at its output."""
+def _backward(layer, squared, before, moments_of):
+    """Squared gradients (C,) at an input of variances `before` from those at the output."""
     if isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
-        return _kernel_gain(layer)
+        return _squared_weights(layer) @ squared
     if isinstance(layer, keras.layers.BatchNormalization):
-        return 1 / (before[0] + layer.epsilon)
+        return squared / (before + layer.epsilon)
     if isinstance(layer, Kaf | keras.layers.Activation):
-        return moments_of[layer.name].squared_derivative.mean()
-    return 1.0  # an addition
+        return squared * moments_of[layer.name].squared_derivative
+    return squared  # an addition
 
 
-def _kernel_gain(layer):
-    """Fan-in times the mean squared weight."""
+def _squared_weights(layer):
+    """Squared weights, summed over the positions of a convolution: (C_in, C_out)."""
     kernel = np.asarray(layer.kernel, "float64")
-    return np.mean(kernel**2) * np.prod(kernel.shape[:-1])
+    return np.sum(kernel**2, axis=tuple(range(kernel.ndim - 2)))
 
 
 # --------------------------------------------------------------------------- gradients: measurement

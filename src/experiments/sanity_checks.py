@@ -157,12 +157,7 @@ class _Runs:
         """Which images are correct when clean and stand under an attack."""
         settings = {"epsilon": self.epsilon, "seed": self.seed} | settings
         rows = evaluate(
-            self.model,
-            self.x,
-            self.y,
-            batch_size=self.batch_size,
-            classes=self.classes,
-            **settings,
+            self.classifier, self.x, self.y, batch_size=self.batch_size, **settings
         ).images
         correct = (rows["label"] == rows["clean_prediction"]).to_numpy()
         return correct & (rows["label"] == rows["adversarial_prediction"]).to_numpy()
@@ -172,6 +167,10 @@ class _Runs:
 
     @cached_property
     def classifier(self):
+        """Compiled once for all attacks, after `evaluate` has seen that it can be attacked."""
+        evaluate(
+            self.model, self.x[:1], self.y[:1], attack="fgsm", classes=self.classes
+        )  # refuses what does not fit
         logits, _ = logits_of(self.model, self.x[: self.batch_size])
         outputs = np.shape(logits(self.x[:1], training=False))[1]
         return CompiledClassifier(logits, outputs, self.x.shape[1:])
