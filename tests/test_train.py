@@ -91,7 +91,8 @@ def files(folder):
 
 def test_recipes_are_those_of_the_reference():
     assert train.recipe("thesis", "resnet20", "kaf") == {
-        "optimizer": "sgd", "lr_min": 0.01, "lr_max": 0.8, "momentum": 0.0, "l2": 5e-4,
+        "optimizer": "sgd", "lr_min": 0.01, "lr_max": 0.8, "lr_peak": 0.5, "momentum": 0.0,
+        "l2": 5e-4, "kernel_initializer": "glorot_uniform", "ema_momentum": None,
     }  # fmt: skip
     bounds = {
         name: (settings["lr_min"], settings["lr_max"])
@@ -332,7 +333,7 @@ sys.exit(train.main())
 
 
 def test_catastrophic_overfitting_ends_the_run_with_the_good_weights(tiny, tmp_path, monkeypatch):
-    script = iter([(0.4, 0.3), (0.9, 0.1)])
+    script = iter([(0.4, 0.3), (0.9, 0.1), (0.4, 0.3)])  # the last: of the weights that are saved
 
     def accuracies(self):
         fgsm, pgd = next(script)
