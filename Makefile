@@ -40,7 +40,7 @@ demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure 
 test: venv ## lint, format check and all tests (minutes)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 lint: venv ## ruff, check only
 	$(RUN) -m ruff check .

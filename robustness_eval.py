@@ -12,17 +12,17 @@ with --out DIR. Interrupted, the same command goes on after the last finished re
 are counted, under true and under predicted labels, is written in experiments/evaluation.py.
 """
 
-import argparse
 import json
 import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 from contextlib import ExitStack
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # After the log level, which TensorFlow reads once; TensorFlow itself is imported in `run`, when
 # the settings are known to be possible.
-from experiments import InputError, results
+from experiments import CommandParser, InputError, results
 from experiments.results import (
     ATTACKS,
     DEFAULT_N,
@@ -37,10 +37,10 @@ CHECK_N = 64
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="robustness_eval.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument(

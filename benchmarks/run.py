@@ -24,7 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from experiments import InputError
+from experiments import CommandParser, InputError
 from experiments.figures import put_table_into
 from experiments.results import hardware, make_writable, versions, write_atomically
 
@@ -565,7 +565,7 @@ def end_point_table(results):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="benchmarks/run.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -194,6 +194,14 @@ def test_impossible_settings_end_in_one_line(command, folder, capsys, arguments,
     assert not (folder / "robustness").exists()
 
 
+def test_a_wrong_option_ends_in_one_line(command, folder, capsys):
+    with pytest.raises(SystemExit) as exit:
+        command.main([str(folder), "--attack", "nonsense"])
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "invalid choice: 'nonsense'" in line and "--help" in line
+
+
 def test_impossible_models_end_in_one_line(command, folder, tmp_path, capsys):
     (tmp_path / "text.keras").write_text("not a model")
     linear(classes=3).save(tmp_path / "three.keras")
@@ -204,7 +212,7 @@ def test_impossible_models_end_in_one_line(command, folder, tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as file:
         file.writestr("../evil.keras", "x")
     for name, reason in {
-        "text.keras": "not a Keras model",
+        "text.keras": "not a Keras archive",
         "three.keras": "10 classes are expected",
         "small.keras": "inputs of shape (None, 28, 28, 1)",
         "nan.keras": "NaN",

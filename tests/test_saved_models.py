@@ -200,7 +200,7 @@ def test_foreign_files_are_refused_in_one_line(tmp_path):
 def test_cut_off_keras_file_is_refused(saved):
     path = saved[0]["keras"]
     path.write_bytes(path.read_bytes()[:2000])
-    assert "not a Keras model" in refused(path)
+    assert "not a Keras archive" in refused(path)
 
 
 def test_pickled_code_is_not_run(tmp_path):

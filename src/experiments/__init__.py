@@ -3,6 +3,7 @@
 Imports kernel_expansion, activationsf and fbfadvtrain; they never import it.
 """
 
+import argparse
 import os
 
 # XLA keeps to 256-bit vectors unless told; on processors with AVX-512, 512 bits make the compiled
@@ -19,3 +20,10 @@ class InputError(ValueError):
 
     Commands print it and exit with code 2; from Python it is an ordinary ValueError.
     """
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, with one line for a wrong command instead of all its options as well."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; --help lists the options\n")

@@ -11,7 +11,6 @@ comparisons by Holm (1979, Scandinavian Journal of Statistics 6). The 95 % inter
 paired proportions (Agresti 2013, "Categorical data analysis", section 11.1).
 """
 
-import argparse
 import io
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from experiments import InputError
+from experiments import CommandParser, InputError
 from experiments.figures import (
     ACTIVATION_LABELS,
     accuracy_robustness_scatter,
@@ -415,7 +414,7 @@ def console(columns):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="robustness_eval.py compare",
         description="Tables, paired tests and the scatter plot, from result files alone.",
     )

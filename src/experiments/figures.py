@@ -8,7 +8,6 @@ Accuracies are fractions in files and code, percent in figures. One colour per a
 everywhere; where colours alone might not be told apart, marker, line style or a label says it too.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -23,7 +22,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from experiments import InputError
+from experiments import CommandParser, InputError
 from experiments.results import make_writable, read_results, write_atomically
 
 # Okabe & Ito 2008, and wine and grey of Tol 2021: told apart by colour-blind readers.
@@ -971,7 +970,7 @@ def movement_and_robustness(points, *, xlabel, ylabel="robust accuracy (%)", ax=
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.figures",
         description="Figures from model folders and their result files.",
     )

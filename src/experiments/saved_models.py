@@ -112,6 +112,11 @@ def _load_keras(file):
     # Registers this project's layers (Kaf, Kwta) and its trained model class with Keras.
     importlib.import_module("activationsf")
     importlib.import_module("fbfadvtrain")
+    if file.suffix.lower() == ".keras" and not zipfile.is_zipfile(file):
+        raise InputError(
+            f"{str(file)!r} is not a Keras archive, whatever its name; expected what "
+            "model.save('NAME.keras') writes"
+        )
     try:
         model = keras.models.load_model(file, compile=False, safe_mode=True)
     except Exception as error:  # Keras raises a dozen types for a bad file

@@ -4,7 +4,6 @@ python -m experiments.train --dataset cifar10 --architecture resnet20 --activati
     --epochs 15 --seed 0 --out models/cifar10_resnet20_kaf_seed0
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import pandas as pd
 import tensorflow as tf
 
 from activationsf import ACTIVATIONS, AnnealKwta, activation
-from experiments import InputError
+from experiments import CommandParser, InputError
 from experiments.architectures import build
 from experiments.datasets import DATASETS, batches, fingerprint, is_augmentable, load
 from experiments.fused_layers import fused
@@ -475,7 +474,7 @@ def write_json(path, value):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.train",
         description="Fast adversarial (or ordinary) training of one model folder; resumable.",
     )
