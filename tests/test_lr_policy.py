@@ -16,18 +16,19 @@ matplotlib.use("Agg")
 # --- TriangularCycle
 
 
+@pytest.mark.parametrize("start", [0.0, 0.25])
 @pytest.mark.parametrize("peak", [0.5, 0.2])
-def test_the_cycle_is_linear_up_and_down_and_then_stays_low(peak):
-    schedule = TriangularCycle(0.01, 0.8, 100, peak=peak)
+def test_the_cycle_is_linear_up_and_down_and_then_stays_low(peak, start):
+    schedule = TriangularCycle(0.01, 0.8, 100, peak=peak, start=start)
     steps = np.arange(151)
     rates = np.array([float(schedule(step)) for step in steps])
-    expected = np.interp(steps, [0, 100 * peak, 100], [0.01, 0.8, 0.01])
+    expected = np.interp(steps, [0, 100 * peak, 100], [0.01 + 0.79 * start, 0.8, 0.01])
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
 def test_an_optimizer_follows_the_cycle_and_keras_saves_it(tmp_path):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile(keras.optimizers.SGD(TriangularCycle(0.1, 0.5, 8, peak=0.25)), "mse")
+    model.compile(keras.optimizers.SGD(TriangularCycle(0.1, 0.5, 8, peak=0.25, start=0.2)), "mse")
     model.fit(np.zeros((6, 2)), np.zeros((6, 1)), batch_size=2, verbose=0)
     assert float(model.optimizer.learning_rate) == pytest.approx(0.5 - 0.4 / 6)
     model.save(tmp_path / "model.keras")
@@ -38,7 +39,16 @@ def test_an_optimizer_follows_the_cycle_and_keras_saves_it(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [(0.5, 0.1, 10), (-0.1, 0.1, 10), (0, 0, 10), (0, float("nan"), 10), (0.1, 0.5, 0)],
+    [
+        (0.5, 0.1, 10),
+        (-0.1, 0.1, 10),
+        (0, 0, 10),
+        (0, float("nan"), 10),
+        (0.1, 0.5, 0),
+        (0.1, 0.5, 10, 1.0),
+        (0.1, 0.5, 10, 0.5, -0.1),
+        (0.1, 0.5, 10, 0.5, 1.1),
+    ],
 )
 def test_impossible_cycles_are_refused(arguments):
     with pytest.raises(InputError, match="received"):

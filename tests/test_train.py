@@ -91,8 +91,8 @@ def files(folder):
 
 def test_recipes_are_those_of_the_reference():
     assert train.recipe("thesis", "resnet20", "kaf") == {
-        "optimizer": "sgd", "lr_min": 0.01, "lr_max": 0.8, "lr_peak": 0.5, "momentum": 0.0,
-        "l2": 5e-4, "kernel_initializer": "glorot_uniform", "ema_momentum": None,
+        "optimizer": "sgd", "lr_start": 0.0, "lr_min": 0.01, "lr_max": 0.8, "lr_peak": 0.5,
+        "momentum": 0.0, "l2": 5e-4, "kernel_initializer": "glorot_uniform", "ema_momentum": None,
     }  # fmt: skip
     bounds = {
         name: (settings["lr_min"], settings["lr_max"])
@@ -372,7 +372,7 @@ def interrupt_record(write_json):
 def test_a_diverging_run_stops_and_keeps_the_epoch_before(tiny, tmp_path, capsys):
     # One batch per epoch; the first has rate 0.
     settings = TINY | {"train_n": 32, "activation": "relu", "epochs": 4}
-    arguments = command_line(settings | {"lr_min": 0, "lr_max": 3e38}, tmp_path)
+    arguments = command_line(settings | {"lr_min": 0, "lr_max": 3e38, "lr_start": 0}, tmp_path)
     assert train.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--lr-max" in error
@@ -489,6 +489,7 @@ def test_settings_reach_what_they_set():
         activation="kaf",
         kernel_initializer="he_normal",
         lr_peak=0.2,
+        lr_start=0.5,
         ema_momentum=0.9,
         dictionary_size=16,
     )
@@ -499,6 +500,7 @@ def test_settings_reach_what_they_set():
     optimizer = train.build_trainer(network, settings, 100).optimizer
     assert optimizer.use_ema and optimizer.ema_momentum == 0.9
     schedule = optimizer._learning_rate
+    assert float(schedule(0)) == pytest.approx((settings.lr_min + settings.lr_max) / 2)
     assert float(schedule(20)) == pytest.approx(settings.lr_max)
 
 

@@ -20,7 +20,7 @@ DIVERGENCE = 4.0  # stop when the running loss exceeds this multiple of its best
 
 @keras.saving.register_keras_serializable(package="robust_activations")
 class TriangularCycle(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear from min_lr to max_lr at step peak * steps, and linear back to min_lr at `steps`.
+    """Linear up to max_lr at step peak * steps, and linear down to min_lr at `steps`.
 
     Beyond `steps` it stays at min_lr.
 
@@ -28,29 +28,33 @@ class TriangularCycle(keras.optimizers.schedules.LearningRateSchedule):
         min_lr, max_lr: lowest and highest rate, 0 <= min_lr <= max_lr.
         steps: length of the cycle in batches, epochs * batches per epoch.
         peak: where the highest rate lies, as a fraction of the cycle.
+        start: where the first rate lies between min_lr (0) and max_lr (1).
     """
 
-    def __init__(self, min_lr, max_lr, steps, peak=0.5):
+    def __init__(self, min_lr, max_lr, steps, peak=0.5, start=0.0):
         super().__init__()
         if not 0 <= min_lr <= max_lr < math.inf or max_lr == 0:
             raise InputError(
                 "TriangularCycle needs 0 <= min_lr <= max_lr, max_lr above 0 and finite; "
                 f"received min_lr={min_lr}, max_lr={max_lr}."
             )
-        if steps < 1 or not 0 < peak < 1:
+        if steps < 1 or not 0 < peak < 1 or not 0 <= start <= 1:
             raise InputError(
-                "TriangularCycle needs at least 1 step and a peak between 0 and 1; "
-                f"received steps={steps}, peak={peak}."
+                "TriangularCycle needs at least 1 step, a peak between 0 and 1 and a start from "
+                f"0 to 1; received steps={steps}, peak={peak}, start={start}."
             )
         self.min_lr = float(min_lr)
         self.max_lr = float(max_lr)
         self.steps = int(steps)
         self.peak = float(peak)
+        self.start = float(start)
 
     def __call__(self, step):
         done = ops.cast(step, "float32") / self.steps  # fraction of the cycle
-        height = ops.minimum(done / self.peak, (1.0 - done) / (1.0 - self.peak))
-        return self.min_lr + (self.max_lr - self.min_lr) * ops.maximum(height, 0.0)
+        up = self.start + (1.0 - self.start) * done / self.peak
+        down = (1.0 - done) / (1.0 - self.peak)
+        height = ops.maximum(ops.minimum(up, down), 0.0)
+        return self.min_lr + (self.max_lr - self.min_lr) * height
 
     def get_config(self):
         return {
@@ -58,6 +62,7 @@ class TriangularCycle(keras.optimizers.schedules.LearningRateSchedule):
             "max_lr": self.max_lr,
             "steps": self.steps,
             "peak": self.peak,
+            "start": self.start,
         }
 
 

@@ -61,10 +61,15 @@ def recipe(name, architecture, activation):
     The light CNNs are trained with Adam: there a KAF from a random start, whose outputs are small
     and reach the logits through no batch norm, does not leave chance level under SGD.
 
-    Returns optimizer, lr_min, lr_max, lr_peak, momentum, ema_momentum and, of the ResNets, l2 and
-    kernel_initializer (the other networks have their own).
+    Returns optimizer, lr_start, lr_min, lr_max, lr_peak, momentum, ema_momentum and, of the
+    ResNets, l2 and kernel_initializer (the other networks have their own).
     """
-    common = {"lr_peak": 0.5, "kernel_initializer": "glorot_uniform", "ema_momentum": None}
+    common = {
+        "lr_start": 0.0,
+        "lr_peak": 0.5,
+        "kernel_initializer": "glorot_uniform",
+        "ema_momentum": None,
+    }
     if name == "thesis":
         lr_min, lr_max = 0.01, 0.8
         if architecture == "vgg":
@@ -72,7 +77,8 @@ def recipe(name, architecture, activation):
         rates = {"lr_min": lr_min, "lr_max": lr_max}
         return common | rates | {"optimizer": "sgd", "momentum": 0.0, "l2": 5e-4}
     if name == "fast":
-        rates = {"lr_min": 0.002, "lr_max": 0.2}
+        # From lr_min a ReLU network overfits to the one-step attack before its rate has risen.
+        rates = {"lr_start": 0.25, "lr_min": 0.002, "lr_max": 0.2}
         return common | rates | {"optimizer": "sgd", "momentum": 0.9, "l2": 2.5e-4}
     if name == "adam":
         rates = {"lr_min": 1e-4, "lr_max": 0.01}
@@ -95,6 +101,7 @@ class TrainConfig:
     optimizer: str = "sgd"  # or adam
     lr_min: float = 0.002  # ends of the one-cycle triangular schedule
     lr_max: float = 0.2  # its peak
+    lr_start: float = 0.25  # its first rate, from lr_min (0) to lr_max (1)
     lr_peak: float = 0.5  # where the peak lies, as a fraction of the training
     momentum: float = 0.9  # of SGD; Adam's beta_1
     l2: float = 2.5e-4  # Keras l2 on every kernel; ResNets only
@@ -194,7 +201,7 @@ def build_trainer(network, config, steps):
     else:
         model = twin
         model.loss_fn = loss  # where the probe looks for it
-    schedule = TriangularCycle(config.lr_min, config.lr_max, steps, peak=config.lr_peak)
+    schedule = TriangularCycle(config.lr_min, config.lr_max, steps, config.lr_peak, config.lr_start)
     ema = {"use_ema": True, "ema_momentum": config.ema_momentum} if config.ema_momentum else {}
     model.compile(
         OPTIMIZERS[config.optimizer](schedule, config.momentum, **ema),
@@ -363,7 +370,8 @@ class ModelFolder:
     def _refuse_other_settings(self, settings, config):
         # Settings go through JSON so that both sides have the same types.
         asked = json.loads(json.dumps(asdict(config)))
-        settings = asdict(TrainConfig()) | settings  # of a run from before a setting existed
+        # Of a run from before a setting existed, which then had its present default; but for one.
+        settings = asdict(TrainConfig()) | {"lr_start": 0.0} | settings
         differing = [
             f"{name}: there {settings.get(name)!r}, asked {asked.get(name)!r}"
             for name in sorted(settings | asked)
@@ -492,7 +500,7 @@ def parse(argv):
     )
     add("--alpha", type=float, help="step of the attack in 255ths (1.25 epsilon)")
     add("--recipe", default="fast", help="optimiser settings: fast (default), thesis, adam")
-    for name in ("lr-min", "lr-max", "lr-peak", "momentum", "l2", "ema-momentum"):
+    for name in ("lr-min", "lr-max", "lr-start", "lr-peak", "momentum", "l2", "ema-momentum"):
         add(f"--{name}", type=float, help="instead of the recipe's")
     add("--kernel-initializer", help=f"instead of the recipe's: {', '.join(INITIALIZERS)}")
     add("--dictionary-size", type=int, default=defaults.dictionary_size, help="D of the KAFs (20)")
