@@ -1,6 +1,7 @@
 """Comparisons count pairs, mix no protocols, and say the same in every form."""
 
 import json
+import shutil
 
 import matplotlib
 import numpy as np
@@ -193,6 +194,8 @@ def test_blocks_go_between_their_markers_and_nowhere_else(models, tmp_path, caps
     readme.write_text(
         "a\n<!-- table -->\nstale\n<!-- /table -->\nb\n<!-- paired -->\n<!-- /paired -->\nc\n"
     )
+    shutil.copytree(models / "net_relu", models / "not_attacked")
+    shutil.rmtree(models / "not_attacked" / "robustness")
     cards = tmp_path / "cards.md"
     command = [str(models), "--into", str(readme), "--cards", str(cards)]
     assert comparison.main(command) == 0
@@ -201,6 +204,8 @@ def test_blocks_go_between_their_markers_and_nowhere_else(models, tmp_path, caps
     assert "\nb\n<!-- paired -->\n| against net_swish |" in once and once.endswith("-->\nc\n")
     assert comparison.main(command) == 0 and readme.read_text() == once
     assert "| net_kaf | resnet20 | KAF | cifar10 | 8/255 | 90.0 | 42.0 | – |" in cards.read_text()
+    assert "| not_attacked | resnet20 | ReLU | cifar10 | 8/255 | – | – | – |" in cards.read_text()
+    assert "not_attacked" not in once
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from experiments.figures import (
     model_order,
     put_table_into,
     save,
+    trained_models,
     with_training,
 )
 from experiments.results import Evaluation, make_writable, read_results, write_atomically
@@ -337,32 +338,40 @@ def conclusion(pairs):
 # --------------------------------------------------------------------------- model cards
 
 
-def model_cards(results):
-    """Markdown for models/README.md: one row per model; RobustBench's model_info keys where any."""
+def model_cards(results, *folders):
+    """Markdown for models/README.md: one row per model; RobustBench's model_info keys where any.
+
+    Args:
+        results: of `read_results`.
+        folders: whose trained models are listed, also those without results of the protocol.
+    """
     table = comparison(results)
-    chosen = table.attrs["chosen"]
+    rows_of = next(iter(table.attrs["chosen"].values()))
+    eps, data = rows_of["epsilon"].iloc[0], rows_of["dataset"].iloc[0]
+    evaluated = {Path(row.folder).resolve(): row for row in table.itertuples()}
+    trained = {model.folder.resolve(): model for model in trained_models(*folders)}
     rows = {}
-    for row in table.itertuples():
-        training = next(
-            (r.loc[row.folder, "training"] for r in chosen.values() if row.folder in r.index), None
-        )
-        settings = training.settings if training else {}
-        eps = next(iter(chosen.values()))["epsilon"].iloc[0]
-        data = next(iter(chosen.values()))["dataset"].iloc[0]
-        rows[row.model] = {
+    for folder in trained | evaluated:
+        row, model = evaluated.get(folder), trained.get(folder)
+        settings = model.settings if model else {}
+        record = model.record if model else {"results": {}}
+        activation = row.activation if row else model.activation
+        epochs, parameters = (record["results"].get(k) for k in ("epochs_trained", "parameters"))
+        sha256 = row.model_sha256 if row else record.get("model_sha256")
+        rows[row.model if row else folder.name] = {
             "architecture": settings.get("architecture", "–"),
-            "activation": ACTIVATION_LABELS.get(row.activation, row.activation or "–"),
-            "dataset": data,
+            "activation": ACTIVATION_LABELS.get(activation, activation or "–"),
+            "dataset": settings.get("dataset", data),
             "eps": f"{255 * eps:g}/255",
-            "clean_acc": f"{100 * row.clean_accuracy:.1f}",
-            "pgd_acc": _or_dash(row.pgd_true),
-            "suite_acc": _or_dash(row.suite),
-            "epochs": "–" if pd.isna(row.epochs) else f"{row.epochs:.0f}",
+            "clean_acc": _or_dash(row.clean_accuracy if row else None),
+            "pgd_acc": _or_dash(row.pgd_true if row else None),
+            "suite_acc": _or_dash(row.suite if row else None),
+            "epochs": f"{epochs}" if epochs else "–",
             "train_eps": f"{255 * settings['epsilon']:g}/255" if "epsilon" in settings else "–",
             "seed": settings.get("seed", "–"),
             "additional_data": "False",
-            "parameters": "–" if pd.isna(row.parameters) else f"{row.parameters:,.0f}",
-            "sha256": f"`{str(row.model_sha256)[:12]}`",
+            "parameters": f"{parameters:,}" if parameters else "–",
+            "sha256": f"`{str(sha256)[:12]}`",
         }
     frame = pd.DataFrame.from_dict(rows, orient="index")
     columns = {"model": list(frame.index), **{c: list(frame[c]) for c in frame}}
@@ -378,6 +387,7 @@ def model_cards(results):
             *notes(table),
             "",
             "Accuracies in percent: clean_acc, pgd_acc (true labels), suite_acc; not AutoAttack's.",
+            "A dash: not attacked in this way. train_eps 0/255: ordinary training.",
             "Keys follow RobustBench's model_info where it has one. sha256 is of `model.keras`.",
             "",
         ]
@@ -461,7 +471,7 @@ def run(arguments):
             put_table_into(arguments.into, markdown_pairs(pairs), "paired")
     if arguments.cards:
         make_writable(Path(arguments.cards).parent)
-        write_atomically(Path(arguments.cards), model_cards(results).encode())
+        write_atomically(Path(arguments.cards), model_cards(results, *arguments.folders).encode())
 
 
 def write(results, table, pairs, folder):
