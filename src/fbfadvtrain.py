@@ -179,9 +179,9 @@ class RobustnessProbe(keras.callbacks.Callback):
     callbacks that read them (CSVLogger, ModelCheckpoint). Every epoch uses the same random starts.
 
     Catastrophic overfitting (Wong et al., section 5.4): the model learns to answer the one-step
-    attack alone, so FGSM accuracy rises while PGD accuracy collapses. When PGD accuracy falls below
-    half of its best while FGSM accuracy is above what it was then, the probe says so in one line,
-    stops the training and restores the weights of the epoch before.
+    attack alone. It is seen from the second epoch on, where PGD accuracy falls below half of its
+    best while FGSM accuracy rises, or below half of the training's own ("accuracy" in the logs).
+    The probe says so in one line, stops the training, restores the weights of the epoch before.
 
     Args:
         x, y: validation images (N, H, W, C) in [0, 1] and true labels (N,); 512 tell enough.
@@ -253,17 +253,12 @@ class RobustnessProbe(keras.callbacks.Callback):
         if logs is not None:
             logs.update(row)
         best = self.best
-        if (
-            best
-            and row["probe_pgd"] < best["probe_pgd"] / 2
-            and row["probe_fgsm"] > best["probe_fgsm"]
-        ):
+        if best and (evidence := self.overfitting(row, best, (logs or {}).get("accuracy", 0.0))):
             self.overfitted_in_epoch = epoch
             print(
-                f"\nCatastrophic overfitting in epoch {epoch + 1}: PGD accuracy "
-                f"{best['probe_pgd']:.1%} -> {row['probe_pgd']:.1%} while FGSM accuracy "
-                f"{best['probe_fgsm']:.1%} -> {row['probe_fgsm']:.1%}. Training stops; the weights "
-                "of the epoch before are restored."
+                f"\nCatastrophic overfitting in epoch {epoch + 1}: {evidence}. Training stops; the "
+                "weights of the epoch before are restored. Another seed or, if it came early, a "
+                "higher first learning rate may help."
             )
             self.model.set_weights(self.good_weights)
             self.model.stop_training = True
@@ -271,3 +266,19 @@ class RobustnessProbe(keras.callbacks.Callback):
         if best is None or row["probe_pgd"] > best["probe_pgd"]:
             self.best = row
         self.good_weights = self.model.get_weights()
+
+    @staticmethod
+    def overfitting(row, best, training_accuracy):
+        """The evidence in words, or None."""
+        pgd = row["probe_pgd"]
+        if pgd < best["probe_pgd"] / 2 and row["probe_fgsm"] > best["probe_fgsm"]:
+            return (
+                f"PGD accuracy {best['probe_pgd']:.1%} -> {pgd:.1%} while FGSM accuracy "
+                f"{best['probe_fgsm']:.1%} -> {row['probe_fgsm']:.1%}"
+            )
+        if pgd < training_accuracy / 2:
+            return (
+                f"accuracy {training_accuracy:.1%} on the one-step attack of the training, "
+                f"{pgd:.1%} under PGD"
+            )
+        return None

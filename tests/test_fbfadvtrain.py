@@ -408,6 +408,32 @@ def test_catastrophic_overfitting_stops_the_training_and_is_undone(capsys):
 
 
 @pytest.mark.parametrize(
+    ("accuracy", "pgd", "is_seen"),
+    [
+        (0.34, 0.12, True),  # ReLU in ResNet20, second epoch, from a low first learning rate
+        (0.45, 0.42, False),  # Swish after 15 epochs
+        (0.12, 0.10, False),  # nothing learned yet
+    ],
+)
+def test_catastrophic_overfitting_from_the_start_is_seen_by_the_training_accuracy(
+    accuracy, pgd, is_seen, capsys
+):
+    probe = RobustnessProbe(images(2), labels(2), history=[{"probe_fgsm": 0.22, "probe_pgd": 0.11}])
+    probe.accuracies = lambda: {"probe_clean": 0.33, "probe_fgsm": 0.18, "probe_pgd": pgd}
+    model = small_conv()
+    probe.set_model(model)
+    probe.good_weights = before = model.get_weights()
+    model.set_weights([weight + 1 for weight in before])
+    model.stop_training = False
+    probe.on_epoch_end(1, {"accuracy": accuracy})
+    assert model.stop_training == is_seen and (probe.overfitted_in_epoch == 1) == is_seen
+    moved = 0 if is_seen else 1
+    for ours, theirs in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_allclose(ours, theirs + moved, rtol=1e-6)
+    assert ("34.0% on the one-step attack" in capsys.readouterr().out) == is_seen
+
+
+@pytest.mark.parametrize(
     "figures",
     [
         [(0.5, 0.4), (0.4, 0.1), (0.5, 0.1)],  # FGSM accuracy does not rise
