@@ -15,6 +15,7 @@ from matplotlib.colors import to_hex
 from activationsf import ACTIVATIONS, Kaf
 from experiments import InputError, figures
 from experiments.results import FORMAT, read_results
+from experiments.trained_models import ACTIVATION_LABELS, model_labels, trained_models
 
 CLEAN = {"relu": 0.77, "swish": 0.79, "kaf": 0.78}
 ROBUST = {"relu": 0.36, "swish": 0.41, "kaf": 0.39}
@@ -90,9 +91,9 @@ def points(ax):
 
 
 def test_every_activation_has_its_own_color_and_label():
-    assert set(figures.ACTIVATION_COLORS) == set(figures.ACTIVATION_LABELS) == set(ACTIVATIONS)
+    assert set(figures.ACTIVATION_COLORS) == set(ACTIVATION_LABELS) == set(ACTIVATIONS)
     assert len(set(figures.ACTIVATION_COLORS.values())) == len(ACTIVATIONS)
-    for name, label in figures.ACTIVATION_LABELS.items():
+    for name, label in ACTIVATION_LABELS.items():
         assert figures.activation_of(label) == figures.activation_of(f"{label}, seed 1") == name
 
 
@@ -122,7 +123,7 @@ def test_labels_do_not_cover_each_other(tmp_path):
     for i, activation in enumerate(figures.ACTIVATION_COLORS):
         make_model(tmp_path, activation, clean=0.78 + 0.001 * i, robust=0.4 + 0.002 * (i % 3))
     ax = figures.accuracy_robustness_scatter(read_results(tmp_path))
-    names = figures.ACTIVATION_LABELS.values()
+    names = ACTIVATION_LABELS.values()
     boxes = [t.get_window_extent() for t in ax.texts if t.get_text() in names]
     assert len(boxes) == len(names)
     overlapping = [a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]]
@@ -158,12 +159,12 @@ def test_results_of_other_weights_are_refused(tmp_path):
 def test_models_that_differ_in_seed_say_so(tmp_path):
     make_model(tmp_path, "kaf", seed=0)
     make_model(tmp_path, "kaf", seed=1)
-    labels = figures.model_labels(figures.trained_models(tmp_path))
+    labels = model_labels(trained_models(tmp_path))
     assert sorted(labels.values()) == ["KAF, seed 0", "KAF, seed 1"]
 
 
 def test_training_curves_show_every_model_in_its_color(models):
-    histories = {model.activation: model.history for model in figures.trained_models(models)}
+    histories = {model.activation: model.history for model in trained_models(models)}
     figure = figures.training_curves(histories)
     loss, clean, *_ = figure.axes
     assert [line.get_color() for line in loss.lines] == [
@@ -214,7 +215,7 @@ def test_kaf_shapes_says_that_there_is_no_kaf():
 def test_models_that_differ_in_nothing_named_are_named_by_their_folders(tmp_path):
     for number in (1, 2):
         make_model(tmp_path / str(number), "swish").rename(tmp_path / f"pilot{number}")
-    labels = figures.model_labels(figures.trained_models(tmp_path))
+    labels = model_labels(trained_models(tmp_path))
     assert sorted(labels.values()) == ["Swish, pilot1", "Swish, pilot2"]
 
 

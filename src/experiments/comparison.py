@@ -21,16 +21,14 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from experiments import CommandParser, InputError
-from experiments.figures import (
+from experiments.figures import accuracy_robustness_scatter, put_table_into, save
+from experiments.results import Evaluation, make_writable, read_results, write_atomically
+from experiments.trained_models import (
     ACTIVATION_LABELS,
-    accuracy_robustness_scatter,
     model_order,
-    put_table_into,
-    save,
     trained_models,
     with_training,
 )
-from experiments.results import Evaluation, make_writable, read_results, write_atomically
 
 # Master's thesis (Sapienza, 2020): clean accuracy, and accuracy under PGD-50-10 of ART 1.3.3
 # called without labels: of the predicted-label kind. 60 (VGG) and 80 epochs of CIFAR-10.
