@@ -206,6 +206,12 @@ def test_blocks_go_between_their_markers_and_nowhere_else(models, tmp_path, caps
     assert "| net_kaf | resnet20 | KAF | cifar10 | 8/255 | 90.0 | 42.0 | – |" in cards.read_text()
     assert "| not_attacked | resnet20 | ReLU | cifar10 | 8/255 | – | – | – |" in cards.read_text()
     assert "not_attacked" not in once
+    assert "was trained with" not in cards.read_text()
+    record = json.loads((models / "net_kaf" / "training.json").read_text())
+    record["settings"]["lr_max"] = 0.05
+    (models / "net_kaf" / "training.json").write_text(json.dumps(record))
+    assert comparison.main(command) == 0
+    assert "net_kaf was trained with lr_max 0.05, the others with None." in cards.read_text()
 
 
 @pytest.mark.parametrize(

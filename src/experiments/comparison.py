@@ -386,10 +386,35 @@ def model_cards(results, *folders):
             "",
             "Accuracies in percent: clean_acc, pgd_acc (true labels), suite_acc; not AutoAttack's.",
             "A dash: not attacked in this way. train_eps 0/255: ordinary training.",
+            *exceptions(list(trained.values())),
             "Keys follow RobustBench's model_info where it has one. sha256 is of `model.keras`.",
             "",
         ]
     )
+
+
+def exceptions(models):
+    """Sentences on models trained with other settings than most of their kind.
+
+    A kind: one data set, architecture and radius. The activation is no exception, nor the seed.
+    """
+    kinds = {}
+    for model in models:
+        kind = tuple(model.settings.get(k) for k in ("dataset", "architecture", "epsilon"))
+        kinds.setdefault(kind, []).append(model)
+    sentences = []
+    for group in kinds.values():
+        for name in dict.fromkeys(name for model in group for name in model.settings):
+            if name in ("activation", "seed") or len(group) < 3:
+                continue
+            values = [model.settings.get(name) for model in group]
+            usual = max(values, key=values.count)
+            sentences += [
+                f"{model.folder.name} was trained with {name} {value}, the others with {usual}."
+                for model, value in zip(group, values, strict=True)
+                if value != usual
+            ]
+    return sentences
 
 
 def _or_dash(value):

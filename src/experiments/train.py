@@ -370,8 +370,7 @@ class ModelFolder:
     def _refuse_other_settings(self, settings, config):
         # Settings go through JSON so that both sides have the same types.
         asked = json.loads(json.dumps(asdict(config)))
-        # Of a run from before a setting existed, which then had its present default; but for one.
-        settings = asdict(TrainConfig()) | {"lr_start": 0.0} | settings
+        settings = asdict(TrainConfig()) | settings  # of a run from before a setting existed
         differing = [
             f"{name}: there {settings.get(name)!r}, asked {asked.get(name)!r}"
             for name in sorted(settings | asked)
