@@ -223,20 +223,26 @@ def leaky_sine(x):
 
 FULL_SETTINGS = [
     *SETTINGS,
-    {"ridge": leaky_sine},
-    {
-        "D": 7,
-        "conv": True,
-        "boundary": 2.0,
-        "bandwidth": 1.5,
-        "alpha_initializer": keras.initializers.RandomUniform(-1, 1, seed=3),
-        "alpha_regularizer": keras.regularizers.L2(0.1),
-        "alpha_constraint": keras.constraints.MaxNorm(2.0),
-        "name": "all_of_them",
-        "dtype": "mixed_bfloat16",
-        "trainable": False,
-    },
-    {"D": np.int64(4), "bandwidth": np.float32(0.5), "boundary": np.float64(2)},
+    pytest.param({"ridge": leaky_sine}, id="ridge_function"),
+    pytest.param(
+        {
+            "D": 7,
+            "conv": True,
+            "boundary": 2.0,
+            "bandwidth": 1.5,
+            "alpha_initializer": keras.initializers.RandomUniform(-1, 1, seed=3),
+            "alpha_regularizer": keras.regularizers.L2(0.1),
+            "alpha_constraint": keras.constraints.MaxNorm(2.0),
+            "name": "all_of_them",
+            "dtype": "mixed_bfloat16",
+            "trainable": False,
+        },
+        id="all_of_them",
+    ),
+    pytest.param(
+        {"D": np.int64(4), "bandwidth": np.float32(0.5), "boundary": np.float64(2)},
+        id="numpy_scalars",
+    ),
 ]
 
 
