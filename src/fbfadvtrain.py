@@ -180,7 +180,8 @@ class RobustnessProbe(keras.callbacks.Callback):
 
     Catastrophic overfitting (Wong et al., section 5.4): the model learns to answer the one-step
     attack alone. It is seen from the second epoch on, where PGD accuracy falls below half of its
-    best while FGSM accuracy rises, or below half of the training's own ("accuracy" in the logs).
+    best while FGSM accuracy rises, or below half of the training's own ("accuracy" in the logs)
+    by more than two standard errors of so few images.
     The probe says so in one line, stops the training, restores the weights of the epoch before.
 
     Args:
@@ -267,8 +268,7 @@ class RobustnessProbe(keras.callbacks.Callback):
             self.best = row
         self.good_weights = self.model.get_weights()
 
-    @staticmethod
-    def overfitting(row, best, training_accuracy):
+    def overfitting(self, row, best, training_accuracy):
         """The evidence in words, or None."""
         pgd = row["probe_pgd"]
         if pgd < best["probe_pgd"] / 2 and row["probe_fgsm"] > best["probe_fgsm"]:
@@ -276,7 +276,8 @@ class RobustnessProbe(keras.callbacks.Callback):
                 f"PGD accuracy {best['probe_pgd']:.1%} -> {pgd:.1%} while FGSM accuracy "
                 f"{best['probe_fgsm']:.1%} -> {row['probe_fgsm']:.1%}"
             )
-        if pgd < training_accuracy / 2:
+        half = training_accuracy / 2
+        if pgd < half - 2 * np.sqrt(half * (1 - half) / len(self.x)):
             return (
                 f"accuracy {training_accuracy:.1%} on the one-step attack of the training, "
                 f"{pgd:.1%} under PGD"
