@@ -208,6 +208,35 @@ def _per_channel(values):
     return initializer
 
 
+def kth_largest(x, k):
+    """The k-th largest value of each row; (B, 1) of x (B, size), for a scalar k in 1..size.
+
+    By bisection until no other floating-point number lies between the bounds, hence exact. Some 30
+    to 40 passes that only compare and count: on a CPU a quarter of the time of sorting the rows.
+    A row with NaN or infinite values may get any threshold.
+    """
+
+    def number_from(threshold):
+        return ops.sum(ops.cast(x >= threshold, "int32"), axis=-1, keepdims=True)
+
+    def midpoint(low, high):
+        return 0.5 * low + 0.5 * high
+
+    def is_open(low, high):
+        middle = midpoint(low, high)
+        return ops.any(ops.logical_and(low < middle, middle < high))
+
+    def halve(low, high):
+        middle = midpoint(low, high)
+        is_enough = number_from(middle) >= k
+        return ops.where(is_enough, middle, low), ops.where(is_enough, high, middle)
+
+    least, most = ops.min(x, axis=-1, keepdims=True), ops.max(x, axis=-1, keepdims=True)
+    # At least k values are >= low, and fewer than k are >= high, unless k equal the largest.
+    low, _ = ops.while_loop(is_open, halve, (least, most))
+    return ops.where(number_from(most) >= k, most, low)
+
+
 @keras.saving.register_keras_serializable(package="robust_activations")
 class Kwta(keras.layers.Layer):
     """k-winners-take-all: keeps the k = ceil(ratio * size) largest values of an example.
@@ -255,7 +284,7 @@ class Kwta(keras.layers.Layer):
         size = ops.cast(ops.shape(x)[-1], "float32")
         # 0.15 * 100 is 15.000001 in float32 and must count as 15.
         k = ops.cast(ops.ceil(ops.convert_to_tensor(self.ratio) * size * (1 - 1e-6)), "int32")
-        threshold = ops.take(ops.flip(ops.sort(x, axis=-1), axis=-1), [k - 1], axis=-1)  # (B, 1)
+        threshold = kth_largest(ops.stop_gradient(x), k)  # (B, 1)
         is_above = x > threshold
         is_tied = ops.equal(x, threshold)
         places_left = k - ops.sum(ops.cast(is_above, "int32"), axis=-1, keepdims=True)

@@ -512,6 +512,26 @@ def test_kwta_keeps_exactly_k_of_equal_values(shape):
     np.testing.assert_array_equal(Kwta(0.5)(x), [[5, 0, 7, 5, 0, 0, 6, 0]])
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_kth_largest_is_that_of_sorting(scale, dtype):
+    if dtype == "float16" and scale in (1e-30, 1e30):
+        pytest.skip("outside float16")
+    rng = np.random.default_rng(0)
+    x = np.concatenate(
+        [
+            rng.normal(0, scale, (3, 1000)),
+            np.maximum(rng.normal(0, scale, (3, 1000)), 0),  # many equal to the smallest
+            np.minimum(rng.normal(0, scale, (3, 1000)), 0),  # many equal to the largest
+            rng.normal(5 * scale, scale, (3, 1000)),
+            np.full((1, 1000), scale),
+        ]
+    ).astype(dtype)
+    for k in (1, 2, 150, 400, 999, 1000):
+        expected = np.sort(x, axis=-1)[:, -k, None]
+        np.testing.assert_array_equal(activationsf.kth_largest(x, k), expected)
+
+
 def test_kwta_keeps_negative_winners_and_puts_0_elsewhere():
     y = Kwta(0.5)(np.array([[-4, -1, -3, -2], [1, -9, 3, -8]], "float32"))
     np.testing.assert_array_equal(y, [[0, -1, 0, -2], [1, 0, 3, 0]])
