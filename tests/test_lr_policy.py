@@ -350,6 +350,21 @@ def test_a_loss_that_never_falls_has_no_suggestion_but_a_plot():
     assert "never fell" in result.plot().get_title()
 
 
+def test_noise_is_no_fall_and_a_fall_is_seen_through_noise():
+    lrs = np.geomspace(1e-3, 1, 200)
+    suggested = {"noise": 0, "fall": 0}
+    for seed in range(100):
+        noise = 0.01 * np.random.default_rng(seed).standard_normal(200)
+        for kind, trend in (("noise", 0.0), ("fall", 0.04 * np.linspace(0, 1, 200))):
+            try:
+                low, high = LRFinderResult(lrs, 2.3 - trend + noise, False).suggestion
+                suggested[kind] += lrs[0] <= low < high <= lrs[-1]
+            except InputError:
+                pass
+    assert suggested["noise"] <= 8
+    assert suggested["fall"] == 100
+
+
 def test_the_plot_goes_where_it_is_told():
     from matplotlib.figure import Figure
 

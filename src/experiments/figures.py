@@ -755,15 +755,19 @@ def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None, 
         value = curve["value"] if isinstance(curve, pd.DataFrame) else curve
         finite = value.where(np.isfinite(value))
         line = {"color": color_of(label), "ls": LINE_STYLES[kind], "lw": 1.4, "label": name}
-        ax.plot(value.index, finite, marker=_marker(activation_of(label))[0], ms=4, **line)
+        # A marker on every point would hide the dashes.
+        every = (kind, max(1, len(value) // 8)) if kind else None
+        marker = _marker(activation_of(label))[0]
+        ax.plot(value.index, finite, marker=marker, markevery=every, ms=4, **line)
         if isinstance(curve, pd.DataFrame):
             band = {"color": color_of(label), "alpha": 0.18, "lw": 0}
             ax.fill_between(curve.index, curve["low"], curve["high"], **band)
         not_finite.append((value.index[~np.isfinite(value)], color_of(label)))
     if log:
         ax.set_yscale("log")
-    else:
-        ax.set_ylim(0, None)
+    else:  # from 0 to above everything drawn, also in panels that share this axis
+        panels = ax.get_shared_y_axes().get_siblings(ax)
+        ax.set_ylim(0, 1.05 * max(panel.dataLim.y1 for panel in panels))
     if reference is not None:
         ax.axhline(reference, color="0.5", lw=0.8)
     for height, (layers, color) in enumerate(pair for pair in not_finite if len(pair[0])):
@@ -811,9 +815,10 @@ def training_steps(histories, *, window=10, title=None):
         history = history.set_index("step")
         losses[label] = history["loss"].rolling(window, min_periods=1).mean()
         norms[label] = history["gradient_norm"]
-    lines = {"log": True, "legend": False}
-    by_layer(losses, ylabel=f"cross-entropy (mean of {window} steps, nats)", ax=left, **lines)
-    by_layer(norms, ylabel="norm of the gradient in all weights", ax=right, **lines)
+    ylabel = f"cross-entropy (mean of {window} steps, nats)"
+    by_layer(losses, ylabel=ylabel, ax=left, legend=False)
+    left.autoscale(axis="y")
+    by_layer(norms, ylabel="norm of the gradient in all weights", ax=right, log=True, legend=False)
     for ax in (left, right):
         ax.set_xlabel("step")
         for line in ax.lines:

@@ -91,18 +91,31 @@ class LRFinderResult:
         return window @ losses / window.sum(axis=1)
 
     @property
+    def noise(self):
+        """(of a batch's loss, of the smoothed loss): standard deviations, around the latter.
+
+        Until its minimum: beyond, the loss explodes.
+        """
+        smoothed = self.smoothed
+        until = int(np.argmin(smoothed)) + 1 if len(smoothed) else 0
+        width = max(1.0, 0.02 * len(smoothed))
+        batch = float(np.std(self.losses[:until] - smoothed[:until])) if until else 0.0
+        return batch, batch / math.sqrt(2 * math.sqrt(math.pi) * width)
+
+    @property
     def suggestion(self):
         """(min_lr, max_lr) for a triangular cycle.
 
         Smith 2017, section 3.3: the lower bound where the loss begins to fall, the upper one where
         the fall slows down. Here: where the smoothed loss has made 10 % and 90 % of its way from
-        the start to its minimum.
+        the start to its minimum. A fall of less than 5 standard deviations of the
+        smoothed loss is taken for noise.
         """
         smoothed = self.smoothed
         best = int(np.argmin(smoothed)) if len(smoothed) else 0
-        if best == 0 or not smoothed[best] < smoothed[0]:
+        if best == 0 or not smoothed[0] - smoothed[best] > 5 * self.noise[1]:
             raise InputError(
-                "The loss never fell between the learning rates "
+                "The loss never fell by more than its noise between the learning rates "
                 f"{self.lrs[0]:.3g} and {self.lrs[-1]:.3g}, so there are no bounds to suggest. "
                 "Start from a lower min_lr, or test for more steps."
             )
@@ -122,12 +135,12 @@ class LRFinderResult:
             low, high = self.suggestion
             ax.axvspan(low, high, alpha=0.15, label=f"suggested: {low:.2g} to {high:.2g}")
         except InputError:
-            ax.set_title("the loss never fell: no bounds to suggest")
+            ax.set_title("the loss never fell beyond its noise: no bounds to suggest")
         if self.growth == "exponential":
             ax.set_xscale("log")
         if len(smoothed):
-            margin = 0.1 * (smoothed[0] - smoothed.min()) + 1e-3
-            ax.set_ylim(smoothed.min() - 3 * margin, smoothed[0] + 5 * margin)
+            margin = 0.3 * (smoothed[0] - smoothed.min()) + 3 * self.noise[0] + 1e-3
+            ax.set_ylim(smoothed.min() - margin, smoothed[0] + margin)
         ax.set_xlabel("learning rate")
         ax.set_ylabel("training loss")
         ax.legend()
