@@ -261,7 +261,7 @@ def _all_powers(t, s, s_inverse, count):
     return list(chain(s_inverse))[::-1] + [t] * has_middle + list(chain(s))
 
 
-CHUNK_ROWS, CHUNK_LANES = 16, 2048  # sizes for which the sums below stay in the second-level cache
+CHUNK_ROWS, CHUNK_LANES = 16, 256  # sizes for which the sums below stay in the first-level cache
 
 
 def _sum_over_rows(terms, count, channels, *rows):

@@ -14,6 +14,11 @@ if "xla_cpu_prefer_vector_width" not in os.environ.get("XLA_FLAGS", ""):
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_prefer_vector_width=512"
     ).strip()
 
+# TensorFlow uses oneDNN's convolutions by default only where the processor has AVX-512 VNNI or the
+# like; with AVX2 alone a ResNet20's training step takes half the time with them. TensorFlow reads
+# it when it is first imported.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line that says what to do.
