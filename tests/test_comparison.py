@@ -106,7 +106,24 @@ def test_discordant_pairs_are_counted_and_tested_as_by_hand(models):
     assert relu["robust_difference"] == pytest.approx(-0.10)
     margin = 1.96 * np.sqrt(30 - 100 / 100) / 100
     assert (relu["low"], relu["high"]) == pytest.approx((-0.1 - margin, -0.1 + margin))
-    assert relu["clean_difference"] == 0
+    assert (relu["clean_difference"], relu["clean_p"]) == (0, 1)
+
+
+def test_clean_accuracy_is_tested_on_its_own(models):
+    """10 images more are right under a better model, none fewer: p = 2 / 2^10."""
+    add_result(add_model(models, "elu"), range(10, 60), correct=100)
+    pairs = comparison.paired(comparison.comparison(read_results(models)))
+    elu = pairs.set_index("model").loc["net_elu"]
+    assert elu["clean_difference"] == pytest.approx(0.10) and elu["robust_difference"] == 0
+    assert elu["clean_p"] == pytest.approx(2 / 2**10)
+    assert elu["clean_p_holm"] == pytest.approx(3 * elu["clean_p"])
+    assert "On the clean images: more accurate: net_elu;" in comparison.conclusion(pairs)
+
+
+def test_references_are_those_of_the_published_claims(models):
+    table = comparison.comparison(read_results(models))
+    assert comparison.references(table) == ["net_swish", "net_relu"]
+    assert comparison.references(table[table["activation"] == "kaf"]) == ["net_kaf"]
 
 
 def test_swapping_the_reference_flips_the_sign(models):
@@ -128,9 +145,9 @@ def test_conclusion_names_what_is_told_apart(models):
     far = add_model(models, "elu")
     add_result(far, [])
     text = comparison.conclusion(comparison.paired(comparison.comparison(read_results(models))))
-    assert "less robust than net_swish: net_elu;" in text
-    assert text.endswith("not told apart from net_swish: net_relu, net_kaf.")
-    assert "3 comparisons" in text and "100 images" in text
+    assert "3 comparisons with net_swish, under attack: less robust: net_elu;" in text
+    assert "not told apart: net_relu, net_kaf. On the clean images: not told apart:" in text
+    assert "100 images" in text
 
 
 def test_table_has_all_protocols_in_one_row_in_order_of_activations(models):
@@ -175,7 +192,9 @@ def test_console_markdown_and_csv_agree(models, tmp_path, capsys):
     printed = capsys.readouterr().out
     written = (tmp_path / "out" / "comparison.md").read_text()
     rows = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("model")
-    pairs = pd.read_csv(tmp_path / "out" / "paired.csv").set_index("model")
+    pairs = pd.read_csv(tmp_path / "out" / "paired.csv")
+    assert list(pairs["reference"]) == ["net_swish"] * 2 + ["net_relu"] * 2
+    pairs = pairs[:2].set_index("model")
     for name, row in rows.iterrows():
         cell = f"{100 * row.pgd_true:.1f} ± {100 * row.pgd_true_standard_error:.1f}"
         for text in (printed, written):

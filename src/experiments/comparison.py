@@ -212,12 +212,13 @@ def paired(table, reference=None, kind="pgd_true"):
 
     Args:
         table: of `comparison`.
-        reference: name of a model; None: a Swish, else a ReLU, else the first.
+        reference: name of a model; None: the first of `references`.
         kind: "pgd_true" or "suite".
 
     Returns:
         Columns model, reference, n, robust_difference, low, high (95 %), only_model, only_reference
-        (images that stand under one alone), p (McNemar, exact), p_holm; clean_difference.
+        (images that stand under one alone), p (McNemar, exact), p_holm; clean_difference and, of
+        accuracy on clean images, clean_p and clean_p_holm.
 
     Raises:
         InputError: if a reference is not there, or results are not of the same images.
@@ -228,13 +229,7 @@ def paired(table, reference=None, kind="pgd_true"):
         return pd.DataFrame()
     names = list(table["model"])
     if reference is None:
-        preferred = [
-            name
-            for wanted in ("swish", "relu")
-            for name, has in zip(names, table["activation"], strict=True)
-            if has == wanted
-        ]
-        reference = (preferred or names)[0]
+        reference = references(table)[0]
     if reference not in names:
         raise InputError(f"--reference {reference!r} is not among {', '.join(names)}")
     images = {}
@@ -248,7 +243,17 @@ def paired(table, reference=None, kind="pgd_true"):
     ]
     frame = pd.DataFrame(differences)
     frame["p_holm"] = holm(frame["p"])
+    frame["clean_p_holm"] = holm(frame["clean_p"])
     return frame
+
+
+def references(table):
+    """What the published claims compare with: the first Swish and the first ReLU, else any model.
+
+    "Swish is the most robust", "KAFs improve on ReLU".
+    """
+    first = table.drop_duplicates("activation").set_index("activation")["model"]
+    return [first[name] for name in ("swish", "relu") if name in first] or [table["model"].iloc[0]]
 
 
 def _difference(name, result, reference, base):
@@ -263,7 +268,7 @@ def _difference(name, result, reference, base):
     standing, correct = (
         [function(r.images).to_numpy() for r in (result, base)] for function in (_robust, _clean)
     )
-    b, c = (int((one & ~other).sum()) for one, other in (standing, standing[::-1]))
+    b, c = _discordant(*standing)
     n = len(base.images)
     difference, margin = (b - c) / n, 1.96 * np.sqrt(b + c - (b - c) ** 2 / n) / n
     return {
@@ -275,7 +280,13 @@ def _difference(name, result, reference, base):
         "only_reference": c,
         "p": mcnemar(b, c),
         "clean_difference": float(correct[0].mean() - correct[1].mean()),
+        "clean_p": mcnemar(*_discordant(*correct)),
     }
+
+
+def _discordant(one, other):
+    """How many images only `one` has, and how many only `other`."""
+    return int((one & ~other).sum()), int((other & ~one).sum())
 
 
 def _clean(rows):
@@ -311,26 +322,40 @@ def shown_pairs(pairs):
         "stand under one alone": [
             f"{b} / {c}" for b, c in zip(pairs["only_model"], pairs["only_reference"], strict=True)
         ],
-        "p (Holm)": ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in pairs["p_holm"]],
+        "p (Holm)": _shown_p(pairs["p_holm"]),
         "clean, points": [f"{100 * d:+.1f}" for d in pairs["clean_difference"]],
+        "clean, p (Holm)": _shown_p(pairs["clean_p_holm"]),
     }
 
 
+def _shown_p(values):
+    return ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in values]
+
+
 def conclusion(pairs):
-    """One sentence: what n images tell apart at 5 %, and what they do not."""
+    """Two sentences: what n images tell apart at 5 %, robust and clean, and what they do not."""
     n, reference = pairs["n"].iloc[0], pairs["reference"].iloc[0]
-    apart = pairs["p_holm"] < 0.05
-    parts = []
-    for is_above, word in ((True, "more"), (False, "less")):
-        names = pairs["model"][apart & ((pairs["robust_difference"] > 0) == is_above)]
-        if len(names):
-            parts.append(f"{word} robust than {reference}: {', '.join(names)}")
-    if not apart.all():
-        parts.append(f"not told apart from {reference}: {', '.join(pairs['model'][~apart])}")
+    robust = _told_apart(pairs, "p_holm", "robust_difference", ("more robust", "less robust"))
+    clean = _told_apart(
+        pairs, "clean_p_holm", "clean_difference", ("more accurate", "less accurate")
+    )
     return (
         f"On {n:,} images, McNemar's exact test at 5 % with Holm's correction for {len(pairs)} "
-        f"comparison{'s' * (len(pairs) > 1)}: {'; '.join(parts)}."
+        f"comparison{'s' * (len(pairs) > 1)} with {reference}, under attack: {robust}. "
+        f"On the clean images: {clean}."
     )
+
+
+def _told_apart(pairs, p, difference, words):
+    apart = pairs[p] < 0.05
+    parts = []
+    for is_above, word in zip((True, False), words, strict=True):
+        names = pairs["model"][apart & ((pairs[difference] > 0) == is_above)]
+        if len(names):
+            parts.append(f"{word}: {', '.join(names)}")
+    if not apart.all():
+        parts.append(f"not told apart: {', '.join(pairs['model'][~apart])}")
+    return "; ".join(parts)
 
 
 # --------------------------------------------------------------------------- model cards
@@ -435,8 +460,9 @@ def markdown_table(table):
     return "\n".join([markdown(shown(table)), "", *notes(table)])
 
 
-def markdown_pairs(pairs):
-    return "\n".join([markdown(shown_pairs(pairs)), "", conclusion(pairs)])
+def markdown_pairs(*comparisons):
+    """Markdown of results of `paired`, one table and its conclusion for each."""
+    return "\n\n".join(f"{markdown(shown_pairs(c))}\n\n{conclusion(c)}" for c in comparisons)
 
 
 def console(columns):
@@ -452,7 +478,12 @@ def parse(argv=None):
         description="Tables, paired tests and the scatter plot, from result files alone.",
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="models/, or model folders")
-    parser.add_argument("--reference", metavar="MODEL", help="compared with the others (a Swish)")
+    parser.add_argument(
+        "--reference",
+        nargs="+",
+        metavar="MODEL",
+        help="each is compared with the others (the Swish and the ReLU)",
+    )
     parser.add_argument("--out", metavar="DIR", help="writes .csv, .md and .png files there")
     parser.add_argument(
         "--into", metavar="README.md", help="rewrites its <!-- table --> and <!-- paired --> blocks"
@@ -482,29 +513,30 @@ def run(arguments):
             f"no results in {', '.join(arguments.folders)}; make them with robustness_eval.py MODEL"
         )
     table = comparison(results)
-    pairs = paired(table, arguments.reference)
+    comparisons = [paired(table, name) for name in arguments.reference or references(table)]
+    comparisons = [pairs for pairs in comparisons if len(pairs)]
     print(console(shown(table)), "", *notes(table), sep="\n")
-    if len(pairs):
+    for pairs in comparisons:
         print("", console(shown_pairs(pairs)), "", conclusion(pairs), sep="\n")
     if arguments.out:
-        write(results, table, pairs, Path(arguments.out))
+        write(results, table, comparisons, Path(arguments.out))
     if arguments.into:
         put_table_into(arguments.into, markdown_table(table))
-        if len(pairs):
-            put_table_into(arguments.into, markdown_pairs(pairs), "paired")
+        if comparisons:
+            put_table_into(arguments.into, markdown_pairs(*comparisons), "paired")
     if arguments.cards:
         make_writable(Path(arguments.cards).parent)
         write_atomically(Path(arguments.cards), model_cards(results, *arguments.folders).encode())
 
 
-def write(results, table, pairs, folder):
+def write(results, table, comparisons, folder):
     """comparison.csv and .md, paired.csv, scatter.png"""
     matplotlib.use("Agg")
     make_writable(folder)
     files = {"comparison.csv": csv(table), "comparison.md": markdown_table(table) + "\n"}
-    if len(pairs):
-        files["paired.csv"] = csv(pairs)
-        files["comparison.md"] += "\n" + markdown_pairs(pairs) + "\n"
+    if comparisons:
+        files["paired.csv"] = csv(pd.concat(comparisons))
+        files["comparison.md"] += "\n" + markdown_pairs(*comparisons) + "\n"
     for name, text in files.items():
         write_atomically(folder / name, text.encode())
     if "pgd_true" in table.attrs["chosen"]:
