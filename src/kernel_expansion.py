@@ -213,6 +213,15 @@ def exp2(z):
     return _times_power_of_2(_horner(_exp2_polynomial(), z - n), tf.cast(n, tf.int32))
 
 
+def _exp2_kept(z):
+    """2^z for -127.49 <= z <= 0, which XLA computes once, however many sums it goes into.
+
+    XLA repeats cheap operations in every loop that needs their result, but no division.
+    """
+    n = tf.round(z)
+    return _horner(_exp2_polynomial(), z - n) / _times_power_of_2(1.0, -tf.cast(n, tf.int32))
+
+
 def _exp2_both_signs(z):
     """2^z and 2^-z for |z| <= 126: even and odd part of one polynomial."""
     n = tf.round(z)
@@ -368,7 +377,7 @@ def _moving_expansion(D, channels):
     compiled = _compiled(channels)
     log2e = np.float32(math.log2(math.e))
 
-    def kernels(x, dictionary, gamma):
+    def kernels(x, dictionary, gamma, exp2=exp2):
         """exp(-gamma (x - d_i)^2) and x - d_i, point by point."""
         # Products of -127.4 and more: exp2 is 0 there. inf would make inf * 0 of x - d_i.
         x = tf.clip_by_value(x, -1e15, 1e15)
@@ -396,7 +405,7 @@ def _moving_expansion(D, channels):
         gamma = tf.tile(gamma, (lanes,))
 
         def terms(x, upstream):
-            pairs = list(kernels(x, dictionary, gamma))
+            pairs = list(kernels(x, dictionary, gamma, _exp2_kept))
             zeroth = [tf.unstack(kappa * upstream) for kappa, _ in pairs]
             first = [tf.unstack(kappa * difference * upstream) for kappa, difference in pairs]
             return zeroth + first
