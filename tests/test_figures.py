@@ -206,6 +206,22 @@ def test_kaf_shapes_draws_a_random_start_only_where_it_is_known():
     plt.close("all")
 
 
+def test_shapes_of_several_models_stand_in_rows_over_their_own_starts():
+    models = {"kaf_elu": (kaf_model(ridge="elu"), None), "kaf": (kaf_model(), kaf_model())}
+    figure = figures.kaf_shapes_side_by_side(models, panels=1, channels=2)
+    ridge, random = figure.axes
+    assert [ax.get_ylabel() for ax in figure.axes] == ["kaf_elu", "kaf"]
+    assert (len(ridge.lines), len(random.lines)) == (1 + 2 + 1, 1 + 2 + 2)  # with y = 0
+    trained = figures.kaf_values(
+        figures.kaf_layers(models["kaf"][0])[0], random.lines[1].get_xdata()
+    )
+    np.testing.assert_allclose(random.lines[1].get_ydata(), trained[:, 0], rtol=1e-5, atol=1e-6)
+    shallower = keras.Sequential([keras.Input((2,)), Kaf()])
+    with pytest.raises(InputError, match="same number of Kaf layers"):
+        figures.kaf_shapes_side_by_side(models | {"kaf, one layer": (shallower, None)})
+    plt.close("all")
+
+
 def test_kaf_shapes_says_that_there_is_no_kaf():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     with pytest.raises(InputError, match="no Kaf layers"):
@@ -273,7 +289,7 @@ def test_examples_show_what_the_model_said_and_how_sure_it_was():
         (["scatter", "{root}/nowhere", "--out", "{root}/a.png"], "not a folder"),
         (["scatter", "{root}/empty", "--out", "{root}/a.png"], "no results"),
         (["curves", "{root}/empty", "--out", "{root}/a.png"], "no finished model"),
-        (["shapes", "{root}/models", "--out", "{root}/a.png"], "shapes draws one model; 3"),
+        (["shapes", "{root}/empty", "--out", "{root}/a.png"], "no finished model with KAFs"),
         (["curves", "{root}/models", "--out", "{root}/a.xyz"], "end in .png"),
     ],
 )

@@ -2,7 +2,7 @@
 
     python -m experiments.figures scatter models/* --out imgs/scatter.png
     python -m experiments.figures curves models/* --out imgs/curves.png
-    python -m experiments.figures shapes models/NAME --out imgs/kaf_shapes.png
+    python -m experiments.figures shapes models/NAME --out imgs/kaf_shapes.png   # or several
 
 Accuracies are fractions in files and code, percent in figures. One colour per activation, the same
 everywhere; where colours alone might not be told apart, marker, line style or a label says it too.
@@ -11,6 +11,7 @@ everywhere; where colours alone might not be told apart, marker, line style or a
 import re
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib
@@ -412,7 +413,6 @@ def kaf_shapes(model, *, initial=None, channels=6, limit=4.0, title=None):
         raise InputError(
             f"the initial model has {len(starts)} Kaf layers, the trained one {len(layers)}"
         )
-    x = np.linspace(-limit, limit, 201)
     columns = min(5, len(layers))
     rows = -(-len(layers) // columns)
     figure, axes = plt.subplots(
@@ -423,30 +423,8 @@ def kaf_shapes(model, *, initial=None, channels=6, limit=4.0, title=None):
     for number, (ax, layer, start) in enumerate(
         zip(axes.flat, layers, starts, strict=False), start=1
     ):
-        chosen = _evenly(layer.alpha.shape[-1], channels)
-        if layer.moving:  # where the trained points of these channels lie
-            points = np.asarray(layer.dictionary)[:, chosen]
-            shaded = points.min(), points.max()
-        else:
-            shaded = -layer.boundary, layer.boundary
-        ax.axvspan(*shaded, color="0.93", zorder=0)
-        ax.axhline(0, color="0.75", lw=0.6, zorder=1)
-        trained = kaf_values(layer, x)[:, chosen]
-        ax.plot(x, trained, color=ACTIVATION_COLORS[kaf_activation(layer)], lw=1, alpha=0.75)
-        if layer.ridge is not None:
-            begun = kaf_values(_fresh(layer), x)[:, :1]
-            ridge = getattr(layer.ridge, "__name__", "")
-            name = ACTIVATION_LABELS.get({"silu": "swish"}.get(ridge, ridge), ridge)
-            start_name = f"start: ridge fit of {name}"
-        elif start is not None:
-            begun = kaf_values(start, x)[:, chosen]
-            start_name = "random start of the same channels"
-        else:
-            begun = np.empty((len(x), 0))
-        ax.plot(x, begun, color="black", lw=1, ls=(0, (4, 2)), alpha=0.8 if layer.ridge else 0.35)
+        start_name = _draw_kafs(ax, layer, start, channels, limit)
         ax.set_title(f"{number}: {_size(layer)}", fontsize=9, pad=3)
-        ax.tick_params(labelsize=8)
-        ax.set_xlim(-limit, limit)
     for ax in list(axes.flat)[len(layers) :]:
         ax.set_axis_off()
     for column in range(columns):  # the lowest panel of each column shows the numbers
@@ -454,16 +432,90 @@ def kaf_shapes(model, *, initial=None, channels=6, limit=4.0, title=None):
         axes[lowest, column].tick_params(labelbottom=True)
         axes[lowest, column].set_xlabel("pre-activation x", fontsize=9)
     activation = kaf_activation(layers[0])
-    handles = [Line2D([], [], color=ACTIVATION_COLORS[activation], label="after training")]
+    _kaf_legend(figure, ACTIVATION_COLORS[activation], start_name)
+    figure.suptitle(
+        (title or f"{ACTIVATION_LABELS[activation]} in {model.name}")
+        + f": up to {channels} channels of each layer",
+        fontsize=11,
+    )
+    return figure
+
+
+def _draw_kafs(ax, layer, start, channels, limit):
+    """Some channels of one Kaf layer over where they started; returns what the start is called."""
+    x = np.linspace(-limit, limit, 201)
+    chosen = _evenly(layer.alpha.shape[-1], channels)
+    if layer.moving:  # where the trained points of these channels lie
+        points = np.asarray(layer.dictionary)[:, chosen]
+        shaded = points.min(), points.max()
+    else:
+        shaded = -layer.boundary, layer.boundary
+    ax.axvspan(*shaded, color="0.93", zorder=0)
+    ax.axhline(0, color="0.75", lw=0.6, zorder=1)
+    trained = kaf_values(layer, x)[:, chosen]
+    ax.plot(x, trained, color=ACTIVATION_COLORS[kaf_activation(layer)], lw=1, alpha=0.75)
+    start_name = None
+    begun = np.empty((len(x), 0))
+    if layer.ridge is not None:
+        begun = kaf_values(_fresh(layer), x)[:, :1]
+        ridge = getattr(layer.ridge, "__name__", "")
+        name = ACTIVATION_LABELS.get({"silu": "swish"}.get(ridge, ridge), ridge)
+        start_name = f"start: ridge fit of {name}"
+    elif start is not None:
+        begun = kaf_values(start, x)[:, chosen]
+        start_name = "random start of the same channels"
+    ax.plot(x, begun, color="black", lw=1, ls=(0, (4, 2)), alpha=0.8 if layer.ridge else 0.35)
+    ax.tick_params(labelsize=8)
+    ax.set_xlim(-limit, limit)
+    return start_name
+
+
+def _kaf_legend(figure, color, start_name):
+    handles = [Line2D([], [], color=color, label="after training")]
     if start_name:
         handles.append(Line2D([], [], color="black", lw=1, ls=(0, (4, 2)), label=start_name))
     handles.append(plt.Rectangle((0, 0), 1, 1, color="0.93", label="range of the dictionary"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.supylabel("activation g(x)", fontsize=10)
+
+
+def kaf_shapes_side_by_side(models, *, panels=5, channels=6, limit=4.0, title=None):
+    """One row for each model, one column for each of some layers: what became of which start.
+
+    Args:
+        models: {label: (model, the same model before training, or None)}, all with the same layers;
+            a label being an activation's name, perhaps with more after a comma.
+        panels: how many layers are drawn, evenly spaced, first and last included.
+        channels, limit: as in `kaf_shapes`.
+
+    Returns:
+        The Figure.
+    """
+    rows = {
+        label: (kaf_layers(model), kaf_layers(initial) if initial is not None else None)
+        for label, (model, initial) in models.items()
+    }
+    counts = {len(layers) for layers, _ in rows.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise InputError(
+            f"the models must have the same number of Kaf layers; they have {sorted(counts)}"
+        )
+    columns = _evenly(counts.pop(), panels)
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(2.1 * len(columns) + 0.8, 1.6 * len(rows) + 1.1),
+        sharex=True, squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for row, (label, (layers, starts)) in zip(axes, rows.items(), strict=True):
+        for ax, index in zip(row, columns, strict=True):
+            _draw_kafs(ax, layers[index], starts and starts[index], channels, limit)
+            if ax in axes[0]:
+                ax.set_title(f"layer {index + 1}: {_size(layers[index])}", fontsize=9, pad=3)
+        row[0].set_ylabel(label, fontsize=9, fontweight="bold", color=color_of(label))
+    for ax in axes[-1]:
+        ax.set_xlabel("pre-activation x", fontsize=9)
+    _kaf_legend(figure, "0.4", "start (random: of the same channels)")
     figure.suptitle(
-        (title or f"{ACTIVATION_LABELS[activation]} in {model.name}")
-        + f": up to {channels} channels of each layer",
-        fontsize=11,
+        f"{title or 'KAFs after training'}: up to {channels} channels of each layer", fontsize=11
     )
     return figure
 
@@ -881,7 +933,7 @@ def parse(argv=None):
     for name, help in (
         ("scatter", "clean against robust accuracy"),
         ("curves", "loss and probe accuracies by epoch"),
-        ("shapes", "the functions of a model's KAF layers (one model)"),
+        ("shapes", "the functions of a model's KAF layers, or of several models side by side"),
     ):
         command = commands.add_parser(name, help=help)
         command.add_argument("folders", nargs="+", metavar="MODEL_FOLDER", help="or models/")
@@ -920,27 +972,33 @@ def run(arguments):
             {labels[model.folder]: model.history for model in models}, title=title
         )
     else:
-        figure = _shapes_of_folder(models, arguments.channels)
+        figure = _shapes_of_folders(models, arguments.channels)
     save(figure, arguments.out)
     print(arguments.out)
 
 
-def _shapes_of_folder(models, channels):
-    if len(models) != 1:
-        raise InputError(f"shapes draws one model; {len(models)} finished ones are there")
-    from experiments.saved_models import open_model
-
-    (model,) = models
+def _shapes_of_folders(models, channels):
+    models = [model for model in models if model.activation.startswith("kaf")]
+    if not models:
+        raise InputError("no finished model with KAFs is there, so there are no shapes to draw")
     if channels < 1:
         raise InputError(f"--channels must be at least 1, got {channels}")
-    with open_model(str(model.folder)) as opened:
-        label = ACTIVATION_LABELS.get(model.activation, model.activation)
-        return kaf_shapes(
-            opened.model,
-            initial=initial_network(model),
-            channels=channels,
-            title=f"{label}, {_what([model])}",
-        )
+    from experiments.saved_models import open_model
+
+    labels = model_labels(models)
+    with ExitStack() as stack:
+        drawn = {
+            labels[model.folder]: (
+                stack.enter_context(open_model(str(model.folder))).model,
+                initial_network(model),
+            )
+            for model in models
+        }
+        if len(drawn) > 1:
+            return kaf_shapes_side_by_side(drawn, channels=channels, title=_what(models))
+        ((label, (model, initial)),) = drawn.items()
+        title = f"{label}, {_what(models)}"
+        return kaf_shapes(model, initial=initial, channels=channels, title=title)
 
 
 def save(figure, path):
