@@ -15,7 +15,12 @@ from matplotlib.colors import to_hex
 from activationsf import ACTIVATIONS, Kaf
 from experiments import InputError, figures
 from experiments.results import FORMAT, read_results
-from experiments.trained_models import ACTIVATION_LABELS, model_labels, trained_models
+from experiments.trained_models import (
+    ACTIVATION_LABELS,
+    COPIES,
+    model_labels,
+    trained_models,
+)
 
 CLEAN = {"relu": 0.77, "swish": 0.79, "kaf": 0.78}
 ROBUST = {"relu": 0.36, "swish": 0.41, "kaf": 0.39}
@@ -233,6 +238,17 @@ def test_models_that_differ_in_nothing_named_are_named_by_their_folders(tmp_path
         make_model(tmp_path / str(number), "swish").rename(tmp_path / f"pilot{number}")
     labels = model_labels(trained_models(tmp_path))
     assert sorted(labels.values()) == ["Swish, pilot1", "Swish, pilot2"]
+
+
+def test_titles_say_what_the_models_were_trained_on(models):
+    one, *_ = trained_models(models)
+    assert figures._what([one]) == "ResNet20 on CIFAR-10 (3 epochs of fast adversarial training)"
+    (copy,) = COPIES
+    one.record["dataset"] = {"validation_fingerprint": copy}
+    one.settings["epsilon"] = 0.0
+    ordinary = "ResNet20 on a JPEG copy of CIFAR-10 (3 epochs of ordinary training)"
+    assert figures._what([one]) == ordinary
+    assert figures._what(trained_models(models)).startswith("ResNet20 on CIFAR-10")
 
 
 def test_survival_curves_recount_the_rows():

@@ -25,6 +25,7 @@ from experiments.figures import accuracy_robustness_scatter, put_table_into, sav
 from experiments.results import Evaluation, make_writable, read_results, write_atomically
 from experiments.trained_models import (
     ACTIVATION_LABELS,
+    DATASET_LABELS,
     model_order,
     trained_models,
     with_training,
@@ -49,8 +50,6 @@ PUBLISHED = {
     ("resnet20", "kaf_swish"): (0.7921, 0.5210),
     ("resnet20", "kaf_free"): (0.7888, 0.5207),
 }
-# The images of CIFAR-10 that the models of this repository were trained and attacked on
-COPIES = {"909fb79bbfc4a2d02387c3bdd0731a0d093337eabb6fb8324fd791fa5913bac7": "JPEG copy"}
 
 KINDS = {  # column -> which results are meant
     "pgd_true": {"attack": "pgd", "labels": "true"},
@@ -196,12 +195,10 @@ def notes(table):
 def _dataset(chosen):
     rows = next(iter(chosen.values()))
     name = rows["dataset"].iloc[0]
-    trained = [t.record.get("dataset") for t in rows["training"] if t is not None]
-    copies = {
-        COPIES.get(d.get("validation_fingerprint")) for d in trained if isinstance(d, dict)
-    } - {None}
-    shown = {"cifar10": "CIFAR-10"}.get(name, name)
-    return f"a {copies.pop()} of {shown}" if copies else str(shown)
+    plain = DATASET_LABELS.get(name, name)
+    trained_on = {model.dataset_label for model in rows["training"] if model is not None}
+    copies = sorted(label for label in trained_on if label != plain and label.endswith(plain))
+    return copies[0] if copies else plain
 
 
 # --------------------------------------------------------------------------- paired differences

@@ -195,20 +195,21 @@ def _marker_legend(ax, activations, shows_impossible):
 
 
 def _what(models):
-    """What the models have in common, in words: "ResNet20 on CIFAR-10, 15 epochs"."""
-    names = {"cifar10": "CIFAR-10", "light_cnn": "light CNN", "vgg": "VGG"}
+    """What the models have in common, in words: "ResNet20 on CIFAR-10 (15 epochs of ...)"."""
 
-    def shared(setting):
-        values = {model.settings.get(setting) for model in models}
-        value = values.pop() if len(values) == 1 else None
-        return names.get(value, re.sub(r"^resnet", "ResNet", value)) if value else ""
+    def shared(values):
+        values = set(values)
+        return values.pop() if len(values) == 1 else None
 
-    words = [shared("architecture") or "accuracy and robustness"]
-    if shared("dataset"):
-        words.append(f"on {shared('dataset')}")
-    epochs = {model.settings.get("epochs") for model in models} - {None}
-    if len(epochs) == 1:
-        words.append(f"({epochs.pop()} epochs of fast adversarial training)")
+    architecture = shared(model.settings.get("architecture") for model in models)
+    names = {"light_cnn": "light CNN", "vgg": "VGG", None: "accuracy and robustness"}
+    words = [names.get(architecture) or re.sub(r"^resnet", "ResNet", architecture)]
+    if dataset := shared(model.dataset_label for model in models):
+        words.append(f"on {dataset}")
+    if epochs := shared(model.settings.get("epochs") for model in models):
+        is_ordinary = all(model.settings.get("epsilon") == 0 for model in models)
+        kind = "ordinary" if is_ordinary else "fast adversarial"
+        words.append(f"({epochs} epochs of {kind} training)")
     return " ".join(words)
 
 

@@ -24,6 +24,9 @@ ACTIVATION_LABELS = {
     "kaf_free": "KAF_Free",
     "kwta": "k-WTA",
 }
+DATASET_LABELS = {"cifar10": "CIFAR-10"}
+# Fingerprints of validation splits of images that are not quite those of the data set's authors
+COPIES = {"909fb79bbfc4a2d02387c3bdd0731a0d093337eabb6fb8324fd791fa5913bac7": "a JPEG copy"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,15 @@ class TrainedModel:
     @property
     def activation(self):
         return self.settings["activation"]
+
+    @property
+    def dataset_label(self):
+        """The data set for people: "CIFAR-10", "a JPEG copy of CIFAR-10", "digits"."""
+        name = self.settings.get("dataset", "")
+        label = DATASET_LABELS.get(name, name)
+        record = self.record.get("dataset")
+        print_of_data = record.get("validation_fingerprint") if isinstance(record, dict) else None
+        return f"{COPIES[print_of_data]} of {label}" if print_of_data in COPIES else label
 
     @cached_property
     def history(self):
