@@ -968,7 +968,7 @@ def run(arguments):
     elif arguments.command == "curves":
         labels = model_labels(models)
         images = {str(model.record["results"].get("probe_n")) for model in models}
-        title = f"{_what(models)}; probed on {', '.join(sorted(images))} validation images"
+        title = f"{_what(models)},\nprobed on {', '.join(sorted(images))} validation images"
         figure = training_curves(
             {labels[model.folder]: model.history for model in models}, title=title
         )

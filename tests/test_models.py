@@ -1,0 +1,110 @@
+"""The committed models: whole, loadable by Keras alone, and with the results that they have."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import datasets
+from experiments.evaluation import evaluate
+from experiments.results import Evaluation, read_results
+from experiments.saved_models import file_sha256, open_model
+from experiments.trained_models import trained_models
+
+MODELS = Path(__file__).parents[1] / "models"
+TRAINED = trained_models(MODELS)
+RESULTS = [Evaluation.read(path) for path in read_results(MODELS)["path"]]
+REPRODUCED = 6  # images of which a stored result is repeated
+
+
+def named(evaluation):
+    return f"{evaluation.summary['model']}-{evaluation.stem}"
+
+
+@pytest.mark.parametrize("model", TRAINED, ids=lambda model: model.folder.name)
+def test_a_model_is_the_one_its_record_is_about(model):
+    assert file_sha256(model.folder / "model.keras") == model.record["model_sha256"]
+    assert len(model.history) == model.record["results"]["epochs_trained"]
+    assert not (model.folder / "unfinished").exists()
+
+
+def test_every_model_loads_in_a_process_that_knows_only_keras_and_the_layers():
+    program = """
+import sys, activationsf, keras, numpy as np
+for path in sys.argv[1:]:
+    logits = keras.models.load_model(path).predict(np.full((1, 32, 32, 3), 0.5), verbose=0)
+    assert logits.shape == (1, 10) and np.isfinite(logits).all(), path
+"""
+    paths = [str(model.folder / "model.keras") for model in TRAINED]
+    subprocess.run([sys.executable, "-c", program, *paths], check=True)
+
+
+def test_the_activation_is_the_only_difference_between_the_resnets():
+    """One recipe, one seed, one split; whoever departs from it is named in models/README.md."""
+    cards = (MODELS / "README.md").read_text(encoding="utf-8")
+    resnets = [m for m in TRAINED if m.settings["architecture"] == "resnet20"]
+    first, *others = resnets
+    for model in others:
+        differing = {k for k, v in model.settings.items() if v != first.settings.get(k)}
+        exceptional = {
+            k for k in differing if f"{model.folder.name} was trained with {k}" not in cards
+        }
+        assert exceptional == {"activation"}
+        assert model.record["dataset"] == first.record["dataset"]
+        assert model.record["results"]["catastrophic_overfitting_in_epoch"] is None
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=named)
+def test_a_result_is_the_count_of_its_images(result):
+    images, summary = result.images, result.summary
+    assert len(images) == summary["n"]
+    is_clean = images["label"] == images["clean_prediction"]
+    is_kept = images["label"] == images["adversarial_prediction"]
+    assert summary["clean_accuracy"] == pytest.approx(is_clean.mean())
+    if summary["labels"] == "true":
+        assert summary["robust_accuracy"] == pytest.approx((is_clean & is_kept).mean())
+    else:
+        value = summary["accuracy_under_attack_predicted_labels"]
+        assert value == pytest.approx(is_kept.mean())
+    assert images["linf"].max() <= summary["attack"]["epsilon"] + 1e-6
+
+
+def test_the_suite_is_never_above_pgd_alone():
+    by_model = {}
+    for result in RESULTS:
+        if result.summary["labels"] == "true" and result.summary["attack"]["epsilon"] > 0.031:
+            kind = result.summary["attack"]["name"]
+            by_model.setdefault(result.summary["model"], {})[kind] = result.images
+    both = [found for found in by_model.values() if {"pgd", "suite"} <= set(found)]
+    assert both
+    for found in both:
+        n = min(map(len, found.values()))
+        pgd, suite = (
+            (found[kind][:n]["label"] == found[kind][:n]["adversarial_prediction"]).mean()
+            for kind in ("pgd", "suite")
+        )
+        assert suite <= pgd
+
+
+@pytest.mark.parametrize("model", TRAINED, ids=lambda model: model.folder.name)
+def test_a_stored_result_is_reproduced(model):
+    path = model.folder / "robustness" / "pgd-50-10-true.json"
+    if not path.exists():
+        pytest.skip("not attacked by PGD-50-10")
+    if not os.environ.get("CIFAR10_DIR"):
+        pytest.skip("CIFAR10_DIR is not set")
+    _, _, (x, y) = datasets.load("cifar10")
+    stored = Evaluation.read(path)
+    if (
+        datasets.fingerprint(x[: len(stored.images)], y[: len(stored.images)])
+        != (stored.summary["dataset"]["fingerprint"])
+    ):
+        pytest.skip("CIFAR10_DIR holds another copy than the one attacked")
+    with open_model(model.folder) as opened:
+        again = evaluate(opened.model, x[:REPRODUCED], y[:REPRODUCED]).images
+    first = stored.images[:REPRODUCED]
+    for column in ("label", "clean_prediction", "adversarial_prediction"):
+        np.testing.assert_array_equal(again[column], first[column])
