@@ -509,11 +509,10 @@ def kaf_shapes_side_by_side(models, *, panels=5, channels=6, limit=4.0, title=No
     for row, (label, (layers, starts)) in zip(axes, rows.items(), strict=True):
         for ax, index in zip(row, columns, strict=True):
             _draw_kafs(ax, layers[index], starts and starts[index], channels, limit)
-            if ax in axes[0]:
-                ax.set_title(f"layer {index + 1}: {_size(layers[index])}", fontsize=9, pad=3)
         row[0].set_ylabel(label, fontsize=9, fontweight="bold", color=color_of(label))
-    for ax in axes[-1]:
-        ax.set_xlabel("pre-activation x", fontsize=9)
+    for top, bottom, index in zip(axes[0], axes[-1], columns, strict=True):
+        top.set_title(f"layer {index + 1}: {_size(layers[index])}", fontsize=9, pad=3)
+        bottom.set_xlabel("pre-activation x", fontsize=9)
     _kaf_legend(figure, "0.4", "start (random: of the same channels)")
     figure.suptitle(
         f"{title or 'KAFs after training'}: up to {channels} channels of each layer", fontsize=11
