@@ -17,13 +17,13 @@ from experiments.results import AttackSettings, Evaluation, read_results, standa
 N = 100
 
 
-def add_model(root, activation, *, sha="ab"):
+def add_model(root, activation, *, sha="ab", architecture="resnet20"):
     folder = root / f"net_{activation}"
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "settings": {
             "dataset": "cifar10",
-            "architecture": "resnet20",
+            "architecture": architecture,
             "activation": activation,
             "epochs": 3,
             "epsilon": 8 / 255,
@@ -40,7 +40,12 @@ def add_model(root, activation, *, sha="ab"):
 def add_result(folder, stands, *, correct=90, attack="pgd", labels="true", sha="ab", **other):
     """A result in which the images `stands` stand and the first `correct` are right when clean."""
     n = other.get("n", N)
-    settings = AttackSettings(attack, labels=labels)
+    settings = AttackSettings(
+        attack,
+        epsilon=other.get("epsilon", 8 / 255),
+        steps=other.get("steps"),
+        labels=labels,
+    )
     clean = np.arange(n) < correct
     keeps = np.isin(np.arange(n), stands) & clean
     images = pd.DataFrame(
@@ -95,7 +100,7 @@ def models(tmp_path):
 
 
 def test_discordant_pairs_are_counted_and_tested_as_by_hand(models):
-    pairs = comparison.paired(comparison.comparison(read_results(models)))
+    pairs = comparison.paired(comparison.comparison(read_results(models)), "net_swish")
     relu = pairs.set_index("model").loc["net_relu"]
     assert (relu["reference"], relu["only_model"], relu["only_reference"]) == ("net_swish", 10, 20)
     # Exact McNemar: twice the chance of at most 10 heads among 30 tosses.
@@ -112,7 +117,7 @@ def test_discordant_pairs_are_counted_and_tested_as_by_hand(models):
 def test_clean_accuracy_is_tested_on_its_own(models):
     """10 images more are right under a better model, none fewer: p = 2 / 2^10."""
     add_result(add_model(models, "elu"), range(10, 60), correct=100)
-    pairs = comparison.paired(comparison.comparison(read_results(models)))
+    pairs = comparison.paired(comparison.comparison(read_results(models)), "net_swish")
     elu = pairs.set_index("model").loc["net_elu"]
     assert elu["clean_difference"] == pytest.approx(0.10) and elu["robust_difference"] == 0
     assert elu["clean_p"] == pytest.approx(2 / 2**10)
@@ -120,10 +125,90 @@ def test_clean_accuracy_is_tested_on_its_own(models):
     assert "On the clean images: more accurate: net_elu;" in comparison.conclusion(pairs)
 
 
+def pairs_of(root):
+    """{(model, reference)} of all paired tests of the results below a folder."""
+    tests = comparison.comparisons(comparison.comparison(read_results(root)))
+    return {pair for test in tests for pair in zip(test["model"], test["reference"], strict=True)}
+
+
 def test_references_are_those_of_the_published_claims(models):
+    assert pairs_of(models) == {
+        ("net_relu", "net_swish"),
+        ("net_kaf", "net_swish"),
+        ("net_swish", "net_relu"),
+        ("net_kaf", "net_relu"),
+    }
+    shutil.rmtree(models / "net_swish")
+    assert pairs_of(models) == {("net_kaf", "net_relu")}
+    add_result(add_model(models, "elu"), range(20))
+    shutil.rmtree(models / "net_relu")
+    assert pairs_of(models) == {("net_kaf", "net_elu")}
+
+
+def test_models_of_another_architecture_are_tested_among_themselves(models):
+    """The ReLU of a light CNN is no reference for a ResNet20, and adds no comparison to Holm's."""
+    before = pairs_of(models)
+    for activation in ("relu", "kaf"):
+        folder = add_model(models / "light", activation, architecture="light_cnn")
+        folder = folder.rename(folder.with_name(f"light_{activation}"))
+        add_result(folder, range(5))
+    assert pairs_of(models) == before | {("light_kaf", "light_relu")}
     table = comparison.comparison(read_results(models))
-    assert comparison.references(table) == ["net_swish", "net_relu"]
-    assert comparison.references(table[table["activation"] == "kaf"]) == ["net_kaf"]
+    (kaf,) = comparison.comparisons(table, ["light_kaf"])  # asked for by name: with all others
+    assert len(kaf) == 4
+
+
+def test_a_reference_without_pgd_is_no_reference(models):
+    shutil.rmtree(models / "net_swish" / "robustness")
+    add_result(models / "net_swish", range(10), attack="suite")
+    assert pairs_of(models) == {("net_kaf", "net_relu")}
+
+
+def test_results_of_other_radii_and_steps_are_not_put_beside(models):
+    """The suite and the predicted labels are of PGD's radius, whatever most models have."""
+    for activation in ("relu", "swish", "kaf"):
+        add_result(models / f"net_{activation}", range(80), attack="suite", epsilon=2 / 255)
+        add_result(models / f"net_{activation}", range(70), labels="predicted", steps=7)
+    add_result(models / "net_relu", range(30), attack="suite")
+    table = comparison.comparison(read_results(models)).set_index("activation")
+    assert table.loc["relu", "suite"] == 0.3 and table.loc[["swish", "kaf"], "suite"].isna().all()
+    assert table.loc["relu", "pgd_predicted"] == pytest.approx(0.5)
+
+
+def test_clean_accuracy_is_of_one_number_of_images(models):
+    shutil.rmtree(models / "net_kaf" / "robustness")
+    add_result(models / "net_kaf", range(10), attack="suite", n=50)
+    table = comparison.comparison(read_results(models)).set_index("activation")
+    assert np.isnan(table.loc["kaf", "clean_accuracy"]) and table.loc["kaf", "suite"] == 0.2
+    assert table.loc["relu", "clean_accuracy"] == 0.9
+
+
+def test_published_figures_stand_beside_their_data_set_only(models):
+    record = json.loads((models / "net_kaf" / "training.json").read_text())
+    record["settings"]["dataset"] = "digits"
+    (models / "net_kaf" / "training.json").write_text(json.dumps(record))
+    table = comparison.comparison(read_results(models)).set_index("activation")
+    assert np.isnan(table.loc["kaf", "published_accuracy"])
+    assert table.loc["relu", "published_accuracy"] == 0.7752
+
+
+def test_two_results_of_one_name_are_refused(models, capsys):
+    robustness = models / "net_kaf" / "robustness"
+    for kind in ("json", "csv"):
+        shutil.copy(robustness / f"pgd-50-10-true-n100.{kind}", robustness / f"copy.{kind}")
+    assert comparison.main([str(models)]) == 2
+    assert "copy.json" in capsys.readouterr().err
+    for kind in ("json", "csv"):
+        (robustness / f"copy.{kind}").unlink()
+    shutil.copytree(models / "net_kaf", models / "again" / "net_kaf")
+    assert comparison.main([str(models)]) == 2
+    error = capsys.readouterr().err
+    assert "both claim to be 'net_kaf'" in error and error.count("\n") == 1
+
+
+def test_a_file_given_twice_counts_once(models, monkeypatch):
+    monkeypatch.chdir(models)
+    assert len(read_results(".", models, models / "net_kaf")) == len(read_results(models))
 
 
 def test_swapping_the_reference_flips_the_sign(models):
@@ -144,7 +229,9 @@ def test_holm_corrects_as_by_hand():
 def test_conclusion_names_what_is_told_apart(models):
     far = add_model(models, "elu")
     add_result(far, [])
-    text = comparison.conclusion(comparison.paired(comparison.comparison(read_results(models))))
+    text = comparison.conclusion(
+        comparison.paired(comparison.comparison(read_results(models)), "net_swish")
+    )
     assert "3 comparisons with net_swish, under attack: less robust: net_elu;" in text
     assert "not told apart: net_relu, net_kaf. On the clean images: not told apart:" in text
     assert "100 images" in text
@@ -177,7 +264,7 @@ def test_protocols_do_not_mix(models):
 def test_different_images_are_refused(models):
     add_result(models / "net_kaf", range(42), fingerprint="others")
     with pytest.raises(InputError, match="net_kaf and net_swish were attacked on different images"):
-        comparison.paired(comparison.comparison(read_results(models)))
+        comparison.paired(comparison.comparison(read_results(models)), "net_swish")
 
 
 def test_results_of_other_weights_are_refused(models, capsys):
@@ -239,6 +326,7 @@ def test_blocks_go_between_their_markers_and_nowhere_else(models, tmp_path, caps
         (["{root}/nowhere"], "is not a folder"),
         (["{root}/empty"], "no results in"),
         (["{root}/models", "--reference", "net_tanh"], "is not among net_relu, net_swish, net_kaf"),
+        (["{root}/models/net_kaf", "--reference", "net_tanh"], "is not among net_kaf with results"),
         (["{root}/models", "--into", "{root}/text.md"], "<!-- table -->"),
         (["{root}/models", "--out", "{root}/text.md/x"], "cannot write"),
     ],

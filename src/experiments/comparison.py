@@ -57,6 +57,8 @@ KINDS = {  # column -> which results are meant
     "suite": {"attack": "suite", "labels": "true"},
 }
 SETTINGS = ["dataset", "attack", "labels", "epsilon", "alpha", "steps", "restarts", "seed", "n"]
+SAME_FOR_ALL = ("dataset", "epsilon")
+SAME_PGD = ("alpha", "steps", "restarts", "seed")
 
 
 # --------------------------------------------------------------------------- the table
@@ -66,44 +68,66 @@ def chosen_results(results):
     """For each of `KINDS` the results of one protocol: {kind: DataFrame, one row per model}.
 
     Where there are several protocols (other numbers of images, say) the one that most models have
-    is taken, and of those the one of most images: figures of different protocols do not mix.
+    is taken, and of those the one of most images: figures of different protocols do not mix. All
+    kinds are of the data set and radius of the first one found, and PGD is the same under both
+    labels.
     """
     chosen = {}
     for kind, wanted in KINDS.items():
+        wanted = dict(wanted)
+        if chosen:
+            first = next(iter(chosen.values())).iloc[0]
+            same = [*SAME_FOR_ALL, *(SAME_PGD if kind == "pgd_predicted" else ())]
+            wanted |= {name: first[name] for name in same}
         rows = results[np.logical_and.reduce([results[k] == v for k, v in wanted.items()])]
-        if "pgd_true" in chosen:
-            rows = rows[rows["dataset"] == chosen["pgd_true"]["dataset"].iloc[0]]
         if rows.empty:
             continue
         groups = rows.groupby(SETTINGS, dropna=False, sort=True)
         chosen[kind] = max(
             (group for _, group in groups),
             key=lambda group: (group["folder"].nunique(), group["n"].iloc[0]),
-        ).set_index("folder")
+        )
+        _refuse_twins(chosen[kind], "folder", "path")
+        chosen[kind] = chosen[kind].set_index("folder")
     if "pgd_true" not in chosen and "suite" not in chosen:
         raise InputError("no results with true labels there; make them with robustness_eval.py")
     return chosen
 
 
+def _refuse_twins(rows, column, places):
+    """Two rows of one name cannot be told apart in a table, nor which of them is meant."""
+    twins = rows[rows.duplicated(column, keep=False)]
+    if len(twins):
+        name = twins[column].iloc[0]
+        where = " and ".join(twins.loc[twins[column] == name, places].iloc[:2])
+        raise InputError(
+            f"{where} both claim to be {name!r} under one protocol; leave one out, or rename it"
+        )
+
+
 def comparison(results):
     """One row per model, fractions; columns as in the CSV. `.attrs["n"]`: {kind: images}.
 
-    The standard errors are binomial. Clean accuracy is that of PGD's images.
+    The standard errors are binomial. Clean accuracy is that of the images of the first kind that is
+    there (PGD's, as a rule), and empty for a model that lacks it: no column mixes sizes.
     """
     results = with_training(results)
     chosen = chosen_results(results)
+    first_kind = next(iter(chosen))
     folders = dict.fromkeys(folder for rows in chosen.values() for folder in rows.index)
     table = []
     for folder in folders:
         found = {kind: rows.loc[folder] for kind, rows in chosen.items() if folder in rows.index}
         any_row = next(iter(found.values()))
         training = any_row["training"]
+        settings = training.settings if training else {}
         row = {
             "model": any_row["model"] or Path(folder).name,
             "activation": any_row["activation"],
-            "clean_accuracy": any_row["clean_accuracy"],
-            "clean_standard_error": any_row["clean_standard_error"],
+            "architecture": settings.get("architecture"),
         }
+        for name in ("clean_accuracy", "clean_standard_error"):
+            row[name] = found[first_kind][name] if first_kind in found else np.nan
         for kind in KINDS:
             value, error = "robust_accuracy", "robust_standard_error"
             if kind == "pgd_predicted":
@@ -113,10 +137,11 @@ def comparison(results):
                 )
             row[kind] = found[kind][value] if kind in found else np.nan
             row[f"{kind}_standard_error"] = found[kind][error] if kind in found else np.nan
-        settings = training.settings if training else {}
         record = training.record if training else {"results": {}}
         epochs = record["results"].get("epochs_trained")
-        published = PUBLISHED.get((settings.get("architecture"), any_row["activation"]), ())
+        published = ()
+        if settings.get("dataset") == "cifar10":
+            published = PUBLISHED.get((settings["architecture"], any_row["activation"]), ())
         row |= dict(zip(("published_accuracy", "published_robustness"), published, strict=False))
         row |= {
             "epochs": epochs,
@@ -129,6 +154,7 @@ def comparison(results):
     rows = [row for _, row in sorted(table, key=lambda item: item[0])]
     columns = ["published_accuracy", "published_robustness", "epochs", "seconds_per_epoch"]
     frame = pd.DataFrame(rows)
+    _refuse_twins(frame, "model", "folder")
     frame = frame.reindex(columns=[*frame.columns.union(columns, sort=False)])
     frame.attrs["n"] = {kind: int(rows["n"].iloc[0]) for kind, rows in chosen.items()}
     frame.attrs["chosen"] = chosen
@@ -204,12 +230,33 @@ def _dataset(chosen):
 # --------------------------------------------------------------------------- paired differences
 
 
-def paired(table, reference=None, kind="pgd_true"):
+def comparisons(table, names=()):
+    """The paired tests of a table: a list of what `paired` returns.
+
+    Args:
+        names: of models, each compared with all others. None given: what the published claims
+            compare with, within each architecture: "Swish is the most robust", "KAFs improve on
+            ReLU"; where there is neither, the first model.
+    """
+    if names:
+        return [pairs for name in names if len(pairs := paired(table, name))]
+    rows = table.attrs["chosen"].get("pgd_true")
+    table = table[table["folder"].isin(rows.index)] if rows is not None else table[:0]
+    found = []
+    for _, group in table.groupby("architecture", dropna=False, sort=False):
+        if len(group) > 1:
+            first = group.drop_duplicates("activation").set_index("activation")["model"]
+            claimed = [first[name] for name in ("swish", "relu") if name in first]
+            found += [paired(group, name) for name in claimed or [group["model"].iloc[0]]]
+    return found
+
+
+def paired(table, reference, kind="pgd_true"):
     """Each model against a reference on the same images: DataFrame, one row per other model.
 
     Args:
         table: of `comparison`.
-        reference: name of a model; None: the first of `references`.
+        reference: name of a model.
         kind: "pgd_true" or "suite".
 
     Returns:
@@ -222,13 +269,14 @@ def paired(table, reference=None, kind="pgd_true"):
     """
     rows = table.attrs["chosen"].get(kind)
     table = table[table["folder"].isin(rows.index)] if rows is not None else table[:0]
+    names = list(table["model"])
+    if reference not in names:
+        raise InputError(
+            f"--reference {reference!r} is not among {', '.join(names) or 'the models'} with "
+            f"results of {kind}"
+        )
     if len(table) < 2:
         return pd.DataFrame()
-    names = list(table["model"])
-    if reference is None:
-        reference = references(table)[0]
-    if reference not in names:
-        raise InputError(f"--reference {reference!r} is not among {', '.join(names)}")
     images = {}
     for name, folder in zip(names, table["folder"], strict=True):
         result = Evaluation.read(rows.loc[folder, "path"])
@@ -242,15 +290,6 @@ def paired(table, reference=None, kind="pgd_true"):
     frame["p_holm"] = holm(frame["p"])
     frame["clean_p_holm"] = holm(frame["clean_p"])
     return frame
-
-
-def references(table):
-    """What the published claims compare with: the first Swish and the first ReLU, else any model.
-
-    "Swish is the most robust", "KAFs improve on ReLU".
-    """
-    first = table.drop_duplicates("activation").set_index("activation")["model"]
-    return [first[name] for name in ("swish", "relu") if name in first] or [table["model"].iloc[0]]
 
 
 def _difference(name, result, reference, base):
@@ -316,7 +355,7 @@ def shown_pairs(pairs):
             f"{100 * a:+.1f} to {100 * b:+.1f}"
             for a, b in zip(pairs["low"], pairs["high"], strict=True)
         ],
-        "stand under one alone": [
+        "stand under this / the reference alone": [
             f"{b} / {c}" for b, c in zip(pairs["only_model"], pairs["only_reference"], strict=True)
         ],
         "p (Holm)": _shown_p(pairs["p_holm"]),
@@ -457,9 +496,9 @@ def markdown_table(table):
     return "\n".join([markdown(shown(table)), "", *notes(table)])
 
 
-def markdown_pairs(*comparisons):
+def markdown_pairs(*tests):
     """Markdown of results of `paired`, one table and its conclusion for each."""
-    return "\n\n".join(f"{markdown(shown_pairs(c))}\n\n{conclusion(c)}" for c in comparisons)
+    return "\n\n".join(f"{markdown(shown_pairs(c))}\n\n{conclusion(c)}" for c in tests)
 
 
 def console(columns):
@@ -479,7 +518,7 @@ def parse(argv=None):
         "--reference",
         nargs="+",
         metavar="MODEL",
-        help="each is compared with the others (the Swish and the ReLU)",
+        help="each is compared with all others (Swish and ReLU, within each architecture)",
     )
     parser.add_argument("--out", metavar="DIR", help="writes .csv, .md and .png files there")
     parser.add_argument(
@@ -510,30 +549,29 @@ def run(arguments):
             f"no results in {', '.join(arguments.folders)}; make them with robustness_eval.py MODEL"
         )
     table = comparison(results)
-    comparisons = [paired(table, name) for name in arguments.reference or references(table)]
-    comparisons = [pairs for pairs in comparisons if len(pairs)]
+    tests = comparisons(table, arguments.reference or ())
     print(console(shown(table)), "", *notes(table), sep="\n")
-    for pairs in comparisons:
+    for pairs in tests:
         print("", console(shown_pairs(pairs)), "", conclusion(pairs), sep="\n")
     if arguments.out:
-        write(results, table, comparisons, Path(arguments.out))
+        write(results, table, tests, Path(arguments.out))
     if arguments.into:
         put_table_into(arguments.into, markdown_table(table))
-        if comparisons:
-            put_table_into(arguments.into, markdown_pairs(*comparisons), "paired")
+        if tests:
+            put_table_into(arguments.into, markdown_pairs(*tests), "paired")
     if arguments.cards:
         make_writable(Path(arguments.cards).parent)
         write_atomically(Path(arguments.cards), model_cards(results, *arguments.folders).encode())
 
 
-def write(results, table, comparisons, folder):
+def write(results, table, tests, folder):
     """comparison.csv and .md, paired.csv, scatter.png"""
     matplotlib.use("Agg")
     make_writable(folder)
     files = {"comparison.csv": csv(table), "comparison.md": markdown_table(table) + "\n"}
-    if comparisons:
-        files["paired.csv"] = csv(pd.concat(comparisons))
-        files["comparison.md"] += "\n" + markdown_pairs(*comparisons) + "\n"
+    if tests:
+        files["paired.csv"] = csv(pd.concat(tests))
+        files["comparison.md"] += "\n" + markdown_pairs(*tests) + "\n"
     for name, text in files.items():
         write_atomically(folder / name, text.encode())
     if "pgd_true" in table.attrs["chosen"]:

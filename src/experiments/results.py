@@ -277,8 +277,9 @@ def read_results(*folders):
     columns that end in `_predicted_labels` unless labels are predicted; folder is the model folder
     or, for other models, the folder of results; path is the .json file.
     """
+    paths = sorted({p for folder in folders for p in Path(folder).rglob("*.json")})
     rows = []
-    for path in sorted({p for folder in folders for p in Path(folder).rglob("*.json")}):
+    for path in {p.resolve(): p for p in paths}.values():  # each file once, however it is named
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
