@@ -116,13 +116,19 @@ def main(argv=None):
         print(f"robustness_eval.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("robustness_eval.py: interrupted; the same command resumes", file=sys.stderr)
+        print(
+            "robustness_eval.py: interrupted; the same command "
+            + ("begins anew" if arguments.check else "resumes"),
+            file=sys.stderr,
+        )
         return 130
     return 0
 
 
 def run(arguments):
     """Evaluate every model under every protocol asked for; returns the table."""
+    if arguments.transfer_from:
+        raise InputError("--transfer-from is for --check; give both, or neither")
     protocols = [
         AttackSettings(
             attack=arguments.attack,
@@ -193,16 +199,18 @@ def opened(arguments, stack):
 def check(arguments):
     """Run the sanity checks on every model, print them, keep them; returns whether all passed."""
     check_counts(arguments, CHECK_N)
-    settings = AttackSettings(
-        epsilon=arguments.eps / 255,
-        alpha=None if arguments.step is None else arguments.step / 255,
-        steps=arguments.steps,
-        seed=arguments.seed,
-    )
+    refuse_ignored(arguments)
 
     from experiments import evaluation, figures, sanity_checks
     from experiments.saved_models import open_model
 
+    settings = AttackSettings(
+        epsilon=arguments.eps / 255,
+        alpha=None if arguments.step is None else arguments.step / 255,
+        steps=arguments.steps,
+        restarts=sanity_checks.RESTARTS,
+        seed=arguments.seed,
+    )
     passed = True
     with ExitStack() as stack:
         models, data = opened(arguments, stack)
@@ -233,6 +241,14 @@ def check(arguments):
                 "model_sha256": model.sha256,
                 "dataset": dataset,
                 "n": len(x),
+                "attack": {
+                    "name": settings.attack,
+                    "epsilon": settings.epsilon,
+                    "alpha": settings.alpha,
+                    "steps": settings.steps,
+                    "restarts": settings.restarts,
+                },
+                "seed": settings.seed,
                 **report.as_dict(),
                 "versions": results.versions(),
             }
@@ -243,6 +259,21 @@ def check(arguments):
             print(f"{path} and .png\n")
             passed &= report.passed
     return passed
+
+
+def refuse_ignored(arguments):
+    """What --check would leave unread is refused: it attacks by PGD with restarts of its own."""
+    ignored = {
+        "--attack": arguments.attack != "pgd",
+        "--labels": arguments.labels != ["true"],
+        "--restarts": arguments.restarts is not None,
+        "--save-examples": arguments.save_examples is not None,
+        "--save-adversarial": arguments.save_adversarial,
+        "--force": arguments.force,
+    }
+    given = [name for name, is_given in ignored.items() if is_given]
+    if given:
+        raise InputError(f"--check does not use {', '.join(given)}; leave it out, or --check")
 
 
 def save_examples(model, x, y, result, folder, count):

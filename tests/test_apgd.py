@@ -101,7 +101,7 @@ def plain_algorithm_1(f, gradient, x, start, epsilon, steps, rho=0.75, alpha=0.7
             stuck = len(eta_at) > 1 and eta_at[-1] == eta_at[-2] and best_at[-1] == max(fs)
             stuck = stuck or (len(eta_at) == 1 and best_at[-1] == max(fs))
             if raised < rho * len(past) or stuck:
-                eta, at, before = eta / 2, best, best
+                eta, at = eta / 2, best
             eta_at.append(eta)
             best_at.append(max(fs))
         z = project(at + eta * np.sign(gradient(at)))

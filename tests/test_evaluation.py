@@ -1,6 +1,7 @@
 """The evaluator reports what is true: on models whose robust accuracy is known, it is that."""
 
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -237,6 +238,27 @@ def test_progress_of_another_evaluation_is_not_taken_over(cnn, data, tmp_path, m
     assert calls
     partial.write_bytes(b"damaged")
     evaluate(cnn, *data, **QUICK, partial=partial, model_sha256="b")
+
+
+def test_finished_restarts_outlive_an_error(cnn, data, tmp_path, monkeypatch):
+    """A full disk, say: whoever gives the same command again loses one restart, not all."""
+    settings = QUICK | {"epsilon": 3 / 255, "alpha": 1 / 255, "restarts": 3}
+    partial, write, said = tmp_path / "partial.npz", evaluation.write_atomically, []
+
+    def full_disk(path, content):
+        if Path(path).exists():
+            raise InputError("cannot write: no space left on device")
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "write_atomically", full_disk)
+        with pytest.raises(InputError, match="no space"):
+            evaluate(cnn, *data, **settings, partial=partial)
+    resumed = evaluate(cnn, *data, **settings, partial=partial, say=said.append)
+    assert said == [f"an interrupted run is resumed from {partial}, 1 restarts done"]
+    whole = evaluate(cnn, *data, **settings, say=said.append)
+    assert csv(resumed, tmp_path / "resumed") == csv(whole, tmp_path / "whole")
+    assert len(said) == 1
 
 
 def test_progress_ends_at_its_total_and_shows_what_stands(cnn, data):

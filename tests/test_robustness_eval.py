@@ -133,6 +133,8 @@ def test_attacked_images_and_examples_are_kept_on_demand(command, folder, capsys
     picture.unlink()
     assert command.main([*arguments, "--save-examples", "2"]) == 0
     assert "read from" in capsys.readouterr().out and picture.exists()
+    # Images of an earlier result are not taken for those of a repeated one.
+    assert command.main([*arguments, "--force"]) == 0 and not images.exists()
 
 
 def test_check_prints_a_list_and_keeps_it(command, folder, tmp_path, capsys):
@@ -140,9 +142,10 @@ def test_check_prints_a_list_and_keeps_it(command, folder, tmp_path, capsys):
     assert command.main([str(folder), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "=> no sign of masked gradients" in printed and "FAIL" not in printed
-    stem = folder / "robustness" / "checks-10-10-true-digits-n20"
+    stem = folder / "robustness" / "checks-10-5-true-digits-n20"
     kept = json.loads(stem.with_suffix(".json").read_text())
     assert kept["passed"] and kept["n"] == 20 and len(kept["checks"]) == 13
+    assert kept["attack"]["steps"] == 10 and kept["attack"]["restarts"] == 5 and kept["seed"] == 0
     assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert read_results(folder).empty  # a check is no evaluation
 
@@ -155,6 +158,10 @@ def test_check_prints_a_list_and_keeps_it(command, folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "NOT to be trusted: fails input gradients" in printed
     assert "transfer from net" in printed
+
+    linear(shape=(28, 28, 1)).save(tmp_path / "small.keras")
+    line = failing(command, capsys, path, *arguments, "--transfer-from", tmp_path / "small.keras")
+    assert "--transfer-from 'small'" in line and "(None, 28, 28, 1)" in line
 
 
 def failing(command, capsys, *arguments):
@@ -187,6 +194,8 @@ def failing(command, capsys, *arguments):
         (["--attack", "suite", "--labels", "predicted"], "labels true"),
         (["--save-examples", "0"], "--save-examples"),
         (["--check", "--n", "0"], "--n"),
+        (["--check", "--attack", "suite", "--force"], "--check does not use --attack, --force;"),
+        (["--transfer-from", "other.keras"], "--transfer-from is for --check"),
     ],
 )
 def test_impossible_settings_end_in_one_line(command, folder, capsys, arguments, reason):

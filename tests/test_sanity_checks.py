@@ -157,6 +157,22 @@ def test_report_goes_into_json_and_a_figure(relu_report):
     matplotlib.pyplot.close("all")
 
 
+def test_no_batch_is_larger_than_allowed(relu, data):
+    sizes = []
+
+    def watched(x, training=False):
+        if x.shape[0] is not None:
+            sizes.append(int(x.shape[0]))
+        return relu(x, training=training)
+
+    tf.config.run_functions_eagerly(True)
+    try:
+        check_model(watched, data[0][:20], data[1][:20], steps=3, queries=3, batch_size=9)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert max(sizes) == 9
+
+
 def test_nothing_right_is_nothing_to_check(relu, data):
     x, _ = data
     wrong = (np.argmax(relu.predict(x[:5], verbose=0), axis=-1) + 1) % CLASSES

@@ -239,6 +239,11 @@ def test_keras_model_of_two_outputs_is_refused(tmp_path):
     assert "2 outputs" in refused(tmp_path / "a.keras")
 
 
+def test_keras_model_that_was_never_built_is_refused(tmp_path):
+    keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(3)]).save(tmp_path / "u.keras")
+    assert "before it was built" in refused(tmp_path / "u.keras")
+
+
 @pytest.mark.parametrize(
     "name", ["../evil.keras", "/evil.keras", "a/../../evil", "C:/evil", "..\\e"]
 )

@@ -135,9 +135,9 @@ class APGD(BatchAttack):
             is_stuck = ~state["was_halved"] & (state["best_at_checkpoint"] >= state["best_loss"])
             halve = (state["progress"] < PROGRESS * length) | is_stuck
             state["step"] = np.where(halve, state["step"] / 2, state["step"])
-            # Go on from the best iterate, with its gradient and without momentum.
+            # Go on from the best iterate, with its gradient. x^(k-1) stays what it was, as in the
+            # paper and its authors' code: the momentum is then x_max - x^(k-1).
             x_adv = np.where(_per_image(halve), state["best_x"], x_adv)
-            x_before = np.where(_per_image(halve), state["best_x"], x_before)
             gradient = np.where(_per_image(halve), state["best_gradient"], gradient)
             state["was_halved"] = halve
             state["best_at_checkpoint"] = state["best_loss"]

@@ -12,8 +12,9 @@ Two label protocols, never to be confused (`--labels`):
 - `predicted`, only for comparison with figures obtained by calling ART without labels. The attack
   raises the loss of the model's own clean prediction, for all images, also those that are wrong
   when clean. As ART judges: a restart succeeds if its last iterate is predicted otherwise than
-  the clean image; the first success is kept. The score counts last predictions that equal the true
-  label, and so also wrong images that were pushed onto their true class. It is therefore too
+  the clean image; the first success is kept (ART keeps the last; starts are drawn alike, so
+  neither is the stronger). The score counts last predictions that equal the true label, and so
+  also wrong images that were pushed onto their true class. It is therefore too
   high, and every key of the summary that holds it ends in `_predicted_labels`. (The published
   evaluation, ART 1.3.3, kept the best whole run of its restarts; this is per image, as ART is now.)
 
@@ -119,6 +120,7 @@ def evaluate(
     model_name=None,
     model_sha256=None,
     partial=None,
+    say=lambda line: None,
 ):
     """Attack a classifier and count what stands; the module's first lines say how.
 
@@ -137,7 +139,7 @@ def evaluate(
         classes: the number of outputs that is expected, where known.
         partial: path of a file that keeps the state after each restart of each attack. If it exists
             and belongs to this evaluation, its restarts are not repeated; it is left for the caller
-            to remove.
+            to remove. say: called with one line if that happens.
 
     Returns:
         An Evaluation; the same in every figure for the same model, images, settings and seed.
@@ -150,8 +152,13 @@ def evaluate(
     attacks = _attacks(settings, classifier)
 
     key = _key(settings, print_of_data, model_sha256, clean)
-    state = _State.resume(partial, key) or _State.start(x, clean, len(settings.members))
-    state.save(partial, key)  # before the attack, so that a folder that cannot be written shows
+    state = _State.resume(partial, key)
+    if state is not None:
+        say(f"an interrupted run is resumed from {partial}, {state.units_done} restarts done")
+    else:
+        state = _State.start(x, clean, len(settings.members))
+    if partial is not None:
+        make_writable(Path(partial).parent)  # or the first restart would be attacked in vain
     _run_attacks(
         attacks, classifier, x, y, clean, settings, state, batch_size, progress, partial, key
     )
@@ -373,7 +380,6 @@ class _State:
     def save(self, path, key):
         if path is None:
             return
-        make_writable(Path(path).parent)
         buffer = io.BytesIO()
         np.savez(buffer, key=key, **vars(self))
         write_atomically(Path(path), buffer.getvalue())
@@ -536,8 +542,6 @@ def evaluate_saved(
             say(f"{opened.name}: finished before, read from {path} (--force to repeat)")
             return replace(kept, x_adv=read_adversarial(images)) if keep_images else kept
         say(f"{opened.name}: finished before without its images; attacked again for them")
-    if partial.exists():
-        say(f"{opened.name}: an interrupted run is resumed from {partial}")
     try:
         result = evaluate(
             opened.model,
@@ -557,13 +561,13 @@ def evaluate_saved(
             model_name=opened.name,
             model_sha256=opened.sha256,
             partial=partial,
+            say=lambda line: say(f"{opened.name}: {line}"),
         )
     except InputError as error:
-        with contextlib.suppress(OSError):  # where nothing can be written there is nothing
-            partial.unlink()
         raise InputError(f"{str(opened.path)!r}: {error}") from None
     if result.summary["outputs"] != "logits":
         say(f"{opened.name}: ends in a softmax; attacked {_ATTACKED[result.summary['outputs']]}")
+    path.with_suffix(".npz").unlink(missing_ok=True)  # attacked images of an earlier result
     result.write(directory)
     partial.unlink(missing_ok=True)
     return result

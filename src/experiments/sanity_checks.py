@@ -104,7 +104,8 @@ def check_model(
         transfer_from: pairs (name, model); examples found on them are tried on this one.
 
     Raises:
-        InputError: for what `evaluate` refuses; if no image is classified correctly.
+        InputError: for what `evaluate` refuses, of the models of `transfer_from` too; if no image
+            is classified correctly.
     """
     runs = _Runs(
         model, x, y, epsilon, alpha, steps, queries, seed, batch_size, classes, transfer_from
@@ -114,6 +115,7 @@ def check_model(
             f"none of the {len(runs.x)} images is classified correctly, so there is nothing to "
             "check; give a model trained on this data set, or more images (--n)"
         )
+    transferred = runs.transferred  # first: what does not fit is refused before the long attacks
     checks = (
         outputs_are_logits(runs),
         the_same_twice(runs),
@@ -127,7 +129,7 @@ def check_model(
         as_strong_as(runs, "FGSM", runs.under(attack="fgsm")),
         as_strong_as(runs, f"noise x{NOISE_DRAWS}", runs.under_noise()),
         as_strong_as(runs, f"Square {queries}", runs.under(attack="square", steps=queries)),
-        *transfers(runs),
+        *transfers(runs, transferred),
     )
     curve = {
         "eps": list(RADII),
@@ -168,9 +170,10 @@ class _Runs:
     @cached_property
     def classifier(self):
         """Compiled once for all attacks, after `evaluate` has seen that it can be attacked."""
+        one = slice(0, 1)  # image: refuses what does not fit
         evaluate(
-            self.model, self.x[:1], self.y[:1], attack="fgsm", classes=self.classes
-        )  # refuses what does not fit
+            self.model, self.x[one], self.y[one], attack="fgsm", classes=self.classes, batch_size=1
+        )
         logits, _ = logits_of(self.model, self.x[: self.batch_size])
         outputs = np.shape(logits(self.x[:1], training=False))[1]
         return CompiledClassifier(logits, outputs, self.x.shape[1:])
@@ -214,7 +217,7 @@ class _Runs:
         targets = np.eye(self.classifier.nb_classes, dtype="float32")[self.y]
         found = {}
         for iteration in range(max(ITERATIONS) + 1):
-            x_next, logits = attack.step(x_adv, self.x, targets)
+            x_next, logits = self.in_batches(attack.step, x_adv, self.x, targets)
             if iteration in ITERATIONS:
                 found[iteration] = self.is_clean & (logits.argmax(axis=-1) == self.y)
             x_adv = x_next
@@ -229,6 +232,38 @@ class _Runs:
             noise = self.epsilon * (np.sign(noise) if draw % 2 else noise)
             stands &= self.predicted(np.clip(self.x + noise, 0, 1)) == self.y
         return stands
+
+    @property
+    def transferred(self):
+        """{name of another model: stands (N,) under the examples found on it}."""
+        found = {}
+        for name, model in self.transfer_from:
+            try:
+                x_adv = evaluate(
+                    model,
+                    self.x,
+                    self.y,
+                    epsilon=self.epsilon,
+                    alpha=self.alpha,
+                    steps=self.steps,
+                    restarts=1,
+                    seed=self.seed,
+                    batch_size=self.batch_size,
+                    classes=self.classes,
+                ).x_adv
+            except InputError as error:
+                raise InputError(f"--transfer-from {name!r}: {error}") from None
+            found[name] = self.is_clean & (self.predicted(x_adv) == self.y)
+        return found
+
+    def in_batches(self, function, *arrays):
+        """The arrays (N, ...) that `function` gives, called on `batch_size` images at a time."""
+        size = self.batch_size
+        parts = [
+            function(*(array[i : i + size] for array in arrays))
+            for i in range(0, len(self.x), size)
+        ]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
     def predicted(self, x):
         return self.classifier.predict(x.astype("float32"), self.batch_size).argmax(axis=-1)
@@ -258,7 +293,7 @@ def outputs_are_logits(runs):
         return _check(
             name, True, f"attacked at its {kind}".replace("its softmax", "logits, softmax")
         )
-    p = np.asarray(runs.model(runs.x, training=False))
+    (p,) = runs.in_batches(lambda x: [np.asarray(runs.model(x, training=False))], runs.x)
     saturated = float((p.max(axis=-1) >= 1).mean())
     text = f"probabilities whose logits are out of reach; {saturated:.1%} of them exactly 1"
     return _check(name, saturated <= 0.01, text, saturated=saturated)
@@ -279,7 +314,9 @@ def the_same_twice(runs):
 def gradients_are_not_zero(runs):
     """Float32 saturation, or activations that are flat: nothing to follow (allowed: 1 %)."""
     targets = np.eye(runs.classifier.nb_classes, dtype="float32")[runs.y]
-    gradient = runs.classifier.loss_gradient(runs.x, targets)
+    (gradient,) = runs.in_batches(
+        lambda x, y: [runs.classifier.loss_gradient(x, y)], runs.x, targets
+    )
     is_zero = (gradient == 0).reshape(len(runs.x), -1)
     images, pixels = float(is_zero.all(axis=1).mean()), float(is_zero.mean())
     text = f"{images:.1%} of the images have none; {pixels:.1%} of all pixels"
@@ -302,10 +339,11 @@ def loss_follows_its_gradient(runs):
         z = runs.classifier.predict(x.astype("float32"), runs.batch_size).astype("float64")
         return z[np.arange(n), y] - z[np.arange(n), other]
 
-    gradient = (
-        runs.classifier.class_gradient(runs.x, label=y)
-        - runs.classifier.class_gradient(runs.x, label=other)
-    )[:, 0]
+    of_label, of_other = (
+        runs.in_batches(lambda x, c: [runs.classifier.class_gradient(x, label=c)], runs.x, label)[0]
+        for label in (y, other)
+    )
+    gradient = (of_label - of_other)[:, 0]
     step = np.where(runs.x < 0.5, SMALL_STEP, -SMALL_STEP) * (gradient != 0)  # stays in [0, 1]
     expected = (gradient * step).reshape(n, -1)
     # Only pixels that pull the same way: a sum of both signs would cancel to rounding.
@@ -372,28 +410,14 @@ def as_strong_as(runs, name, stands):
     return _check(f"beats {name}", passed, text, missed=missed, accuracy=float(stands.mean()))
 
 
-def transfers(runs):
+def transfers(runs, transferred):
     """Examples found on other models."""
-    if not runs.transfer_from:
+    if not transferred:
         text = "no other model was given (--transfer-from)"
         return [Check("beats transfer", NOT_RUN, text)]
-    checks = []
-    for name, model in runs.transfer_from:
-        x_adv = evaluate(
-            model,
-            runs.x,
-            runs.y,
-            epsilon=runs.epsilon,
-            alpha=runs.alpha,
-            steps=runs.steps,
-            restarts=1,
-            seed=runs.seed,
-            batch_size=runs.batch_size,
-            classes=runs.classes,
-        ).x_adv
-        stands = runs.is_clean & (runs.predicted(x_adv) == runs.y)
-        checks.append(as_strong_as(runs, f"transfer from {name}", stands))
-    return checks
+    return [
+        as_strong_as(runs, f"transfer from {name}", stands) for name, stands in transferred.items()
+    ]
 
 
 # --------------------------------------------------------------------------- the figure

@@ -124,9 +124,15 @@ def _load_keras(file):
             f"{str(file)!r} is not a Keras model that can be loaded ({_first_line(error)}); "
             "save it again with model.save(...), custom layers registered with Keras"
         ) from None
-    if len(getattr(model, "inputs", None) or [0]) != 1 or len(model.outputs or [0]) != 1:
+    if not model.built:
         raise InputError(
-            f"{str(file)!r} has {len(model.inputs)} inputs and {len(model.outputs)} outputs; "
+            f"{str(file)!r} was saved before it was built, so it has no weights; call it on images "
+            "(or give it an Input) and train it before model.save(...)"
+        )
+    counts = [len(getattr(model, side, None) or [0]) for side in ("inputs", "outputs")]
+    if counts != [1, 1]:
+        raise InputError(
+            f"{str(file)!r} has {counts[0]} inputs and {counts[1]} outputs; "
             "expected a classifier with one of each"
         )
     for weight in model.weights:
