@@ -638,7 +638,7 @@ def _read(out):
         return {}
     try:
         results = json.loads(out.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         results = None
     if not isinstance(results, dict):
         raise InputError(f"{str(out)!r} is no results file of this program; name another --out")

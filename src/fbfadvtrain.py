@@ -15,11 +15,20 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
 
+# Attacks follow the sign of the gradient alone, so its scale is free. In float16 it matters: where
+# 128 images are classified with confidence, a quarter of the pixels' gradients of the mean loss lie
+# below the smallest number. A power of two changes no sign and, in float32, no digit.
+GRADIENT_SCALE = 2.0**10
+
+
 def input_gradient(model, loss_fn, x, y, *, training):
-    """Gradient of the mean loss in the images; (B, H, W, C) like x. No weight gradients."""
+    """GRADIENT_SCALE times the gradient of the loss in the images; (B, H, W, C) like x.
+
+    No weight gradients.
+    """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(x)
-        loss = loss_fn(y, model(x, training=training))
+        loss = GRADIENT_SCALE * loss_fn(y, model(x, training=training))
     return tape.gradient(loss, x)
 
 
@@ -177,6 +186,7 @@ class RobustnessProbe(keras.callbacks.Callback):
 
     Adds probe_clean, probe_fgsm and probe_pgd (fractions) to the epoch's logs; list it before the
     callbacks that read them (CSVLogger, ModelCheckpoint). Every epoch uses the same random starts.
+    For any model compiled with one loss of class labels (Sparse...).
 
     Catastrophic overfitting (Wong et al., section 5.4): the model learns to answer the one-step
     attack alone. It is seen from the second epoch on, where PGD accuracy falls below half of its
@@ -185,7 +195,8 @@ class RobustnessProbe(keras.callbacks.Callback):
     The probe says so in one line, stops the training, restores the weights of the epoch before.
 
     Args:
-        x, y: validation images (N, H, W, C) in [0, 1] and true labels (N,); 512 tell enough.
+        x, y: validation images (N, H, W, C) in [0, 1] and true labels (N,) or (N, 1); 512 tell
+            enough.
         epsilon: radius; FGSM makes one step of epsilon from the image, PGD `steps` steps of `alpha`
             from a uniform start.
         history: rows (dicts with probe_fgsm, probe_pgd) of earlier epochs, where a run is resumed.
@@ -206,6 +217,13 @@ class RobustnessProbe(keras.callbacks.Callback):
         super().__init__()
         self.x = np.asarray(x, "float32")
         self.y = np.asarray(y)
+        if self.y.shape == (len(self.x), 1):  # as keras.datasets gives them
+            self.y = self.y[:, 0]
+        if self.y.shape != (len(self.x),):
+            raise ValueError(
+                f"RobustnessProbe expects one class number per image, y of shape {(len(self.x),)}; "
+                f"received {self.y.shape}. Of one-hot labels take y.argmax(axis=-1)."
+            )
         noise = np.random.default_rng(seed).uniform(-epsilon, epsilon, self.x.shape)
         self.start = np.clip(self.x + noise.astype("float32"), 0.0, 1.0)
         self.epsilon, self.alpha, self.steps = epsilon, alpha, steps
@@ -215,6 +233,7 @@ class RobustnessProbe(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.good_weights = self.model.get_weights()
+        loss_fn = getattr(self.model, "loss_fn", None) or keras.losses.get(self.model.loss)
 
         @tf.function(reduce_retracing=True)
         def correct(x, y, start):
@@ -224,7 +243,7 @@ class RobustnessProbe(keras.callbacks.Callback):
             def attack(start, alpha, steps):
                 return pgd(
                     self.model,
-                    self.model.loss_fn,
+                    loss_fn,
                     x,
                     y,
                     start=start,

@@ -248,6 +248,35 @@ def test_mixed_float16_trains_with_loss_scaling():
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
 
+def test_attack_in_float16_follows_the_gradient_of_float32():
+    """Of confident predictions: the gradient of the plain mean loss underflows in float16."""
+    x, signs = images(128), []
+    policy = keras.config.dtype_policy()
+    for name in ("float32", "mixed_float16"):
+        keras.config.set_dtype_policy(name)
+        try:
+            model = small_conv()
+        finally:
+            keras.config.set_dtype_policy(policy)
+        if not signs:
+            weights = model.get_weights()
+            weights[-2] *= 40
+        model.set_weights(weights)
+        x = tf.constant(x)
+        y = np.argmax(model(x, training=False), axis=-1)
+        gradient = fbfadvtrain.input_gradient(model, CROSS_ENTROPY, x, y, training=False)
+        signs.append(np.sign(gradient.numpy()))
+    assert np.mean(signs[0] == signs[1]) > 0.98
+
+
+def test_scale_of_the_attack_changes_no_digit_in_float32(monkeypatch):
+    model, x, y = small_conv(), tf.constant(images(16)), labels(16, classes=3)
+    scaled = fbfadvtrain.input_gradient(model, CROSS_ENTROPY, x, y, training=False).numpy()
+    monkeypatch.setattr(fbfadvtrain, "GRADIENT_SCALE", 1.0)
+    plain = fbfadvtrain.input_gradient(model, CROSS_ENTROPY, x, y, training=False).numpy()
+    np.testing.assert_array_equal(scaled, 2.0**10 * plain)
+
+
 @pytest.mark.parametrize("loss", [None, [CROSS_ENTROPY], {"a": CROSS_ENTROPY}])
 def test_anything_but_one_loss_is_refused(loss):
     with pytest.raises(ValueError, match="one loss; received"):
@@ -345,6 +374,23 @@ def test_probe_reports_the_closed_form_accuracies():
     # FGSM from the image is exact here, and PGD's ten steps of 2/255 cross the whole ball.
     expected = {"probe_clean": 0.9, "probe_fgsm": robust, "probe_pgd": robust}
     assert probe.accuracies() == pytest.approx(expected)
+
+
+def test_probe_takes_labels_as_keras_gives_them_and_any_compiled_model():
+    x, y = images(40), labels(40)
+    expected = None
+    for trainer in (FastBetterFreeTrainedModel, keras.Model):
+        for given in (y, y[:, None]):
+            model = linear(trainer)
+            model.compile("sgd", CROSS_ENTROPY)
+            probe = RobustnessProbe(x, given, epsilon=EPS, batch_size=16)
+            probe.set_model(model)
+            probe.on_train_begin()
+            expected = expected or probe.accuracies()
+            assert probe.accuracies() == expected
+    assert 0 < expected["probe_clean"] < 1
+    with pytest.raises(ValueError, match=r"received \(40, 2\)"):
+        RobustnessProbe(x, np.eye(2)[y])
 
 
 def test_other_callbacks_see_the_probe(tmp_path):

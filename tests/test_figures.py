@@ -179,6 +179,46 @@ def test_training_curves_show_every_model_in_its_color(models):
     np.testing.assert_array_equal(clean.lines[0].get_xdata(), [1, 2, 3])
 
 
+def test_curves_name_the_loss_of_their_kind_of_training(models, tmp_path):
+    """An ordinary training's loss is of unperturbed batches and has the l2 in it."""
+
+    def drawn(**epsilons):
+        for activation, epsilon in epsilons.items():
+            path = models / f"cifar10_resnet20_{activation}_seed0" / "training.json"
+            record = json.loads(path.read_text())
+            record["settings"]["epsilon"] = epsilon
+            path.write_text(json.dumps(record))
+        folders = [models / f"cifar10_resnet20_{activation}_seed0" for activation in epsilons]
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(figures, "save", lambda figure, path: seen.append(figure))
+            assert figures.main(["curves", *map(str, folders), "--out", "unused.png"]) == 0
+        (figure,) = seen
+        return figure.axes[0].get_ylabel(), figure.get_suptitle()
+
+    loss, title = drawn(relu=8 / 255, kaf=8 / 255)
+    assert loss == "training loss (perturbed batches)" and "fast adversarial training" in title
+    loss, title = drawn(relu=0, kaf=0)
+    assert loss == "training loss (with l2)" and "ordinary training" in title
+    loss, title = drawn(relu=0, kaf=8 / 255)
+    assert loss == "training loss (each its own)" and "(3 epochs of training)" in title
+
+
+def test_a_loss_that_is_not_finite_is_not_smoothed_away():
+    history = pd.DataFrame({"step": range(3), "loss": [2.3, 2.2, np.nan], "gradient_norm": 1.0})
+    left, _ = figures.training_steps({"kaf": history}).axes[:2]
+    drawn = left.lines[0].get_ydata()
+    np.testing.assert_allclose(drawn[:2], [2.3, 2.25])
+    assert np.isnan(drawn[2])
+
+
+def test_a_figure_that_cannot_be_written_is_said_in_one_line(models, tmp_path, capsys):
+    (tmp_path / "d.png").mkdir()
+    assert figures.main(["curves", str(models), "--out", str(tmp_path / "d.png")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot write" in error and error.count("\n") == 1
+
+
 def kaf_model(**kwargs):
     inputs = keras.Input((4, 4, 2))
     x = Kaf(D=5, **kwargs)(inputs)

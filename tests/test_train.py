@@ -24,6 +24,7 @@ from experiments.datasets import load
 from fbfadvtrain import RobustnessProbe
 
 TINY = {"dataset": "digits", "architecture": "light_cnn", "train_n": 64, "batch_size": 32}
+IMAGES = {"name": "digits"}  # of checkpoints made here
 COLUMNS = [
     "epoch", "accuracy", "loss", "probe_clean", "probe_fgsm", "probe_pgd", "learning_rate",
     "seconds",
@@ -227,10 +228,10 @@ def build_trainer(seed):
 def test_a_checkpoint_holds_every_variable(tiny, tmp_path):
     model = build_trainer(0)
     x, y = np.random.default_rng(0).uniform(size=(40, 32, 32, 3)).astype("float32"), np.arange(40)
-    checkpoint = train.Checkpoint(tmp_path / "checkpoint.npz", model)
+    checkpoint = train.Checkpoint(tmp_path / "checkpoint.npz", model, IMAGES)
     model.fit(x, y % 10, verbose=0, callbacks=[checkpoint])
     other = build_trainer(1)
-    restored = train.Checkpoint(tmp_path / "checkpoint.npz", other)
+    restored = train.Checkpoint(tmp_path / "checkpoint.npz", other, IMAGES)
     assert restored.history == checkpoint.history and len(restored.history) == 1
     names = []
     variables = [[*m.variables, *m.optimizer.variables] for m in (model, other)]
@@ -380,19 +381,23 @@ def test_a_diverging_run_stops_and_keeps_the_epoch_before(tiny, tmp_path, capsys
     assert epoch > 1
     assert {p.name for p in tmp_path.iterdir()} == {"unfinished"}
     model = build_trainer(0)
-    checkpoint = train.Checkpoint(tmp_path / "unfinished" / "checkpoint.npz", model)
+    path = tmp_path / "unfinished" / "checkpoint.npz"
+    with np.load(path) as stored:
+        state = json.loads(str(stored["state"]))
+    checkpoint = train.Checkpoint(path, model, state["dataset"])
     assert len(checkpoint.history) == epoch - 1
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
-    (tmp_path / "unfinished" / "checkpoint.npz").write_bytes(b"PK\x03\x04 torn")
-    assert train.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert "not a checkpoint" in error and "--force" in error
+    for torn in (b"PK\x03\x04 torn", b""):
+        path.write_bytes(torn)
+        assert train.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "not a checkpoint" in error and "--force" in error
 
 
 def test_weights_that_are_not_finite_are_never_kept(tiny, tmp_path):
     model = build_trainer(0)
-    checkpoint = train.Checkpoint(tmp_path / "checkpoint.npz", model)
+    checkpoint = train.Checkpoint(tmp_path / "checkpoint.npz", model, IMAGES)
     checkpoint.set_model(model)
     checkpoint.on_epoch_begin(0)
     model.layers[-1].bias.assign(np.full(10, np.inf))
@@ -525,6 +530,60 @@ def test_saved_weights_are_the_running_mean(tiny, tmp_path, monkeypatch):
     for got, expected in zip(saved, mean, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-6)
     assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(mean, last, strict=True))
+
+
+def test_statistics_of_batch_norm_are_those_of_the_running_mean(tiny, tmp_path, monkeypatch):
+    """Ordinary training, of one batch per epoch: the first convolution's mean and variance."""
+    monkeypatch.setattr(train, "EMA_BATCHES", 1)
+    settings = config(epochs=3, ema_momentum=0.9, epsilon=0.0, batch_size=64)
+    train.train(settings, tmp_path / "ema")
+    saved = keras.models.load_model(tmp_path / "ema" / "model.keras")
+    (x, _), _, _ = load("digits")
+    before = keras.Model(saved.input, saved.layers[3].input)(x[:64]).numpy()
+    batch_norm = saved.layers[3]
+    assert isinstance(batch_norm, keras.layers.BatchNormalization)
+    np.testing.assert_allclose(batch_norm.moving_mean, before.mean(axis=(0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(batch_norm.moving_variance, before.var(axis=(0, 1, 2)), rtol=1e-3)
+
+
+def test_estimates_of_batch_norm_are_means_over_all_batches():
+    model = build_trainer(0)
+    x = np.random.default_rng(0).uniform(size=(6, 8, 32, 32, 3)).astype("float32")
+    layer = next(la for la in model.layers if isinstance(la, keras.layers.BatchNormalization))
+    momentum, means = layer.momentum, []
+    model.eps = model.alpha = 0.0  # no perturbation: what the batches' means are is then known
+    for batch in x:
+        means.append(keras.Model(model.input, layer.input)(batch).numpy().mean(axis=(0, 1, 2)))
+    train.reestimate_batch_norm(model, [(batch, np.zeros(8, int)) for batch in x])
+    np.testing.assert_allclose(layer.moving_mean, np.mean(means, axis=0), atol=1e-5)
+    assert layer.momentum == momentum
+
+
+def test_a_run_is_not_resumed_on_other_images(tiny, tmp_path, monkeypatch):
+    """Half a training on a copy of CIFAR-10 and half on the official one is neither."""
+    settings, out = config(epochs=2), tmp_path / "out"
+    on_epoch_end = train.Checkpoint.on_epoch_end
+
+    def killed(self, epoch, logs=None):
+        on_epoch_end(self, epoch, logs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Checkpoint, "on_epoch_end", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(settings, out, verbose=0)
+
+    def others(name, data_dir=None):
+        (x, y), *rest = load(name, data_dir)
+        return (x[::-1], y[::-1]), *rest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load", others)
+        with pytest.raises(InputError, match="is of a run on other images of digits"):
+            train.train(settings, out, verbose=0)
+    record = train.train(settings, out, verbose=0)
+    assert [process["first_epoch"] for process in record["processes"]] == [0, 1]
+    assert record["processes"][0]["hardware"] == record["hardware"]
 
 
 def test_ratio_of_kwta_falls_as_told(tiny, tmp_path):

@@ -207,9 +207,9 @@ def _what(models):
     if dataset := shared(model.dataset_label for model in models):
         words.append(f"on {dataset}")
     if epochs := shared(model.settings.get("epochs") for model in models):
-        is_ordinary = all(model.settings.get("epsilon") == 0 for model in models)
-        kind = "ordinary" if is_ordinary else "fast adversarial"
-        words.append(f"({epochs} epochs of {kind} training)")
+        kinds = {True: "ordinary ", False: "fast adversarial ", None: ""}
+        kind = kinds[shared(model.settings.get("epsilon") == 0 for model in models)]
+        words.append(f"({epochs} epochs of {kind}training)")
     return " ".join(words)
 
 
@@ -312,19 +312,20 @@ def _nearest(box, point):
 
 
 CURVES = {
-    "loss": "training loss (perturbed batches)",
+    "loss": "training loss",
     "probe_clean": "clean accuracy (%)",
     "probe_fgsm": "FGSM accuracy (%)",
     "probe_pgd": "PGD-10 accuracy (%)",
 }
 
 
-def training_curves(histories, *, title=None):
+def training_curves(histories, *, title=None, loss="training loss (perturbed batches)"):
     """Loss, and clean, FGSM and PGD accuracy on the probe images, by epoch.
 
     Args:
         histories: {label: history}, a label being an activation's name, perhaps with more after a
             comma ("swish, seed 1"), a history what history.csv holds (a DataFrame or its path).
+        loss: label of its axis.
 
     Returns:
         The Figure.
@@ -352,7 +353,7 @@ def training_curves(histories, *, title=None):
             )
     accuracies = axes.flat[1:]
     top = max(ax.get_ylim()[1] for ax in accuracies)
-    for ax, what in zip(axes.flat, CURVES.values(), strict=True):
+    for ax, what in zip(axes.flat, (CURVES | {"loss": loss}).values(), strict=True):
         ax.set_ylabel(what)
         ax.grid(alpha=0.25)
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -865,7 +866,8 @@ def training_steps(histories, *, window=10, title=None):
     losses, norms = {}, {}
     for label, history in histories.items():
         history = history.set_index("step")
-        losses[label] = history["loss"].rolling(window, min_periods=1).mean()
+        mean = history["loss"].rolling(window, min_periods=1).mean()
+        losses[label] = mean.where(np.isfinite(history["loss"]))  # pandas skips what is not finite
         norms[label] = history["gradient_norm"]
     ylabel = f"cross-entropy (mean of {window} steps, nats)"
     by_layer(losses, ylabel=ylabel, ax=left, legend=False)
@@ -968,8 +970,13 @@ def run(arguments):
         labels = model_labels(models)
         images = {str(model.record["results"].get("probe_n")) for model in models}
         title = f"{_what(models)},\nprobed on {', '.join(sorted(images))} validation images"
+        # Of ordinary training Keras reports the loss with the regularisation.
+        kinds = {model.settings.get("epsilon") == 0 for model in models}
+        loss = {(False,): "perturbed batches", (True,): "with l2"}.get(tuple(kinds), "each its own")
         figure = training_curves(
-            {labels[model.folder]: model.history for model in models}, title=title
+            {labels[model.folder]: model.history for model in models},
+            title=title,
+            loss=f"training loss ({loss})",
         )
     else:
         figure = _shapes_of_folders(models, arguments.channels)
@@ -1008,8 +1015,12 @@ def save(figure, path):
     if path.suffix[1:].lower() not in known:
         raise InputError(f"cannot write a figure as {path.name!r}; let its name end in .png")
     make_writable(path.parent)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r} ({error.strerror})") from None
+    finally:
+        plt.close(figure)
 
 
 if __name__ == "__main__":

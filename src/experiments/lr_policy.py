@@ -71,7 +71,8 @@ class LRFinderResult:
     """What the range test saw.
 
     lrs: learning rate of each batch (steps,).
-    losses: training loss of each batch (steps,), regularisation included as in training.
+    losses: of each batch (steps,), as the model's training step reports it: Keras' own with the
+        regularisation, FastBetterFreeTrainedModel's without.
     diverged: whether the loss exploded and ended the test early.
     """
 

@@ -28,11 +28,12 @@ from experiments.fused_layers import fused
 from experiments.lr_policy import TriangularCycle
 from experiments.results import hardware, make_writable, versions, write_atomically
 from experiments.saved_models import file_sha256
-from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe
+from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe, fgsm_random_start
 
 PROBE_IMAGES = 512
 PROBE_EPSILON = 8 / 255  # where training itself has no radius
 KWTA_FIRST_RATIO = 0.30  # Xiao et al. 2020
+EMA_BATCHES = 100  # over which the batch norm of a running mean of weights is estimated
 OPTIMIZERS = {
     "sgd": lambda schedule, momentum, **kwargs: keras.optimizers.SGD(
         schedule, momentum=momentum, **kwargs
@@ -108,8 +109,8 @@ class TrainConfig:
     kernel_initializer: str = "glorot_uniform"  # of the convolutions; ResNets only
     ema_momentum: float | None = None  # of a running mean of the weights, which is what is saved
     dictionary_size: int = 20  # D of the KAFs
-    kwta_anneal_from: int | None = None  # epoch from which k-WTA's ratio falls from 0.30 to 0.15
-    kwta_anneal_every: int = 2  # epochs for a fall of 0.01
+    kwta_anneal_from: int | None = None  # epoch from which k-WTA's ratio falls from 0.30 ...
+    kwta_anneal_every: int = 2  # ... by 0.01 every so many epochs, to 0.15 if they are enough
     seed: int = 0
     deterministic: bool = False  # TensorFlow's op determinism, slower
 
@@ -200,7 +201,6 @@ def build_trainer(network, config, steps):
         )
     else:
         model = twin
-        model.loss_fn = loss  # where the probe looks for it
     schedule = TriangularCycle(config.lr_min, config.lr_max, steps, config.lr_peak, config.lr_start)
     ema = {"use_ema": True, "ema_momentum": config.ema_momentum} if config.ema_momentum else {}
     model.compile(
@@ -230,7 +230,8 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
         The content of training.json.
 
     Raises:
-        InputError: for bad settings or data, or if `out` belongs to a run of other settings.
+        InputError: for bad settings or data, or if `out` belongs to a run of other settings or of
+            other images.
     """
     config.check()
     folder = ModelFolder(out)
@@ -247,8 +248,14 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
     network = build_network(config)
     model = build_trainer(network, config, config.epochs * steps_per_epoch)
 
-    folder.start(config, force=force)  # from here on, whatever could be refused has been
-    checkpoint = Checkpoint(folder.checkpoint, model)
+    dataset = {
+        "name": config.dataset,
+        "train_n": len(x),
+        "train_fingerprint": fingerprint(x, y),
+        "validation_fingerprint": fingerprint(x_val, y_val),
+    }
+    folder.start(config, force=force)
+    checkpoint = Checkpoint(folder.checkpoint, model, dataset)
     first_epoch = len(checkpoint.history)
     if first_epoch:
         print(f"Resuming {out} after epoch {first_epoch} of {config.epochs}.")
@@ -261,8 +268,8 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
     if config.kwta_anneal_from is not None:
         annealing = AnnealKwta(start=config.kwta_anneal_from, every=config.kwta_anneal_every)
         callbacks.insert(0, annealing)
+    augment = is_augmentable(config.dataset) and config.architecture.startswith("resnet")
     if first_epoch < config.epochs and not checkpoint.stopped:
-        augment = is_augmentable(config.dataset) and config.architecture.startswith("resnet")
         epochs = (
             batches(
                 x, y, batch_size=config.batch_size, seed=config.seed, epoch=epoch, augment=augment
@@ -283,6 +290,11 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
         # training that was stopped keeps the weights the probe put back.
         if checkpoint.stopped is None:
             model.optimizer.finalize_variable_values(model.trainable_variables)
+            epoch = batches(
+                x, y, batch_size=config.batch_size, seed=config.seed, epoch=config.epochs,
+                augment=augment,
+            )  # fmt: skip
+            reestimate_batch_norm(model, epoch.take(EMA_BATCHES))
         elif hasattr(probe, "good_weights"):
             model.set_weights(probe.good_weights)
     network.set_weights(model.get_weights())
@@ -302,17 +314,44 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
             "catastrophic_overfitting_in_epoch": checkpoint.stopped,
             "parameters": network.count_params(),
         },
-        "dataset": {
-            "name": config.dataset,
-            "train_n": len(x),
-            "train_fingerprint": fingerprint(x, y),
-            "validation_fingerprint": fingerprint(x_val, y_val),
-        },
+        "dataset": dataset,
         "seconds": round(sum(row["seconds"] for row in checkpoint.history), 1),
+        # The process that finished; `processes` has all that trained, each from its first epoch.
         "versions": versions(),
         "hardware": hardware(),
+        "processes": checkpoint.processes,
     }
     return folder.finish(network, checkpoint.history, record)
+
+
+def reestimate_batch_norm(model, batches):
+    """Set all moving statistics to the means over some batches, of the weights as they now are.
+
+    A running mean of weights needs this: the statistics kept so far are of the weights it is the
+    mean of (Izmailov et al. 2018, "Averaging weights leads to wider optima", UAI, section 3.2).
+
+    Args:
+        model: of `build_trainer`. batches: of training images; they are perturbed as in training.
+    """
+    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    momenta = [layer.momentum for layer in layers]
+
+    def keep(share):
+        """How much of the statistics so far the next batch leaves."""
+        for layer in layers:
+            layer.momentum = share
+
+    for done, (x, y) in enumerate(batches):
+        if isinstance(model, FastBetterFreeTrainedModel):
+            keep(1.0)
+            x = fgsm_random_start(
+                model, model.loss_fn, x, y, epsilon=model.eps, alpha=model.alpha,
+                seed_generator=model.seed_generator,
+            )  # fmt: skip
+        keep(done / (done + 1))
+        model(x, training=True)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 class Measurement(RobustnessProbe):
@@ -406,33 +445,49 @@ class Checkpoint(keras.callbacks.Callback):
 
     On creation the model takes over what the file holds, if there is one.
 
+    Args:
+        dataset: dict that names the training images; a checkpoint of other images is refused.
+
     Attributes:
         history: list of rows (dict), one for each finished epoch.
         stopped: the epoch (from 0) in which the probe stopped the training, or None.
+        processes: first epoch (from 0), versions and hardware of each process that trained.
     """
 
-    def __init__(self, path, model):
+    def __init__(self, path, model, dataset):
         super().__init__()
         self.path = Path(path)
+        self.dataset = dataset
         self.history = []
         self.stopped = None
+        self.processes = []
         if self.path.exists():
             try:
                 with np.load(self.path) as stored:
                     state = json.loads(str(stored["state"]))
                     for index, variable in enumerate(self._variables(model)):
                         variable.assign(stored[f"variable_{index}"])
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
                 raise InputError(
                     f"{self.path} is not a checkpoint of this network "
                     f"({type(error).__name__}); --force to start anew."
                 ) from error
+            if state.get("dataset", dataset) != dataset:  # not kept by earlier versions
+                raise InputError(
+                    f"{self.path} is of a run on other images of {dataset['name']}. Give the "
+                    "--data-dir it was begun with, name another --out, or --force to start anew."
+                )
             self.history, self.stopped = state["history"], state["stopped"]
+            self.processes = state.get("processes", [])
 
     @staticmethod
     def _variables(model):
         # model.variables: weights, batch-norm statistics and states of the random generators
         return [*model.variables, *model.optimizer.variables]
+
+    def on_train_begin(self, logs=None):
+        here = {"versions": versions(), "hardware": hardware()}
+        self.processes.append({"first_epoch": len(self.history)} | here)
 
     def on_epoch_begin(self, epoch, logs=None):
         self.started = time.perf_counter()
@@ -455,14 +510,21 @@ class Checkpoint(keras.callbacks.Callback):
         row["seconds"] = round(time.perf_counter() - self.started, 2)
         self.history.append(row)
         self.stopped = epoch if self.model.stop_training else None
-        state = json.dumps({"history": self.history, "stopped": self.stopped})
+        state = json.dumps(
+            {
+                "history": self.history,
+                "stopped": self.stopped,
+                "dataset": self.dataset,
+                "processes": self.processes,
+            }
+        )
         partial = self.path.with_suffix(".part")
         with open(partial, "wb") as file:
             np.savez(file, state=state, **variables)
         os.replace(partial, self.path)
 
     def last_good_row(self):
-        """The row of the epoch whose weights the model has."""
+        """The row of the epoch whose weights (of which it may be the mean) the model has."""
         return self.history[-2 if self.stopped else -1]
 
 
@@ -503,8 +565,13 @@ def parse(argv):
         add(f"--{name}", type=float, help="instead of the recipe's")
     add("--kernel-initializer", help=f"instead of the recipe's: {', '.join(INITIALIZERS)}")
     add("--dictionary-size", type=int, default=defaults.dictionary_size, help="D of the KAFs (20)")
-    add("--kwta-anneal-from", type=int, help="epoch from which k-WTA's ratio falls, 0.30 to 0.15")
-    add("--kwta-anneal-every", type=int, default=defaults.kwta_anneal_every, help="epochs (2)")
+    add("--kwta-anneal-from", type=int, help="epoch from which k-WTA's ratio falls from 0.30")
+    add(
+        "--kwta-anneal-every",
+        type=int,
+        default=defaults.kwta_anneal_every,
+        help="epochs for a fall by 0.01, down to 0.15; 15 falls are needed (2)",
+    )
     add("--seed", type=int, default=defaults.seed)
     add("--deterministic", action="store_true", help="bitwise repeatable, slower")
     add("--out", required=True, help="model folder, e.g. models/cifar10_resnet20_kaf_seed0")
