@@ -21,7 +21,7 @@ help: ## this list
 venv: $(VENV)/.installed ## create .venv and install everything that is pinned
 
 $(VENV)/.installed: requirements.txt pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed; this is {v.major}.{v.minor}. Say make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11, 3.12 or 3.13 is needed (TensorFlow has no other); this is {v.major}.{v.minor}. Say make PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'

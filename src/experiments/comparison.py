@@ -195,16 +195,18 @@ def _error_of(column):
     return column.replace("_accuracy", "") + "_standard_error"
 
 
-def notes(table):
-    """What the figures of the table are, in sentences."""
-    n, chosen = table.attrs["n"], table.attrs["chosen"]
+def notes(table, kinds=tuple(KINDS), *, errors=True):
+    """What the figures of `kinds` in a table are, in sentences; errors: they stand beside them."""
+    chosen = table.attrs["chosen"]
+    n = {kind: size for kind, size in table.attrs["n"].items() if kind in kinds}
     row = next(iter(chosen.values())).iloc[0]
     step = chosen["pgd_true"].iloc[0]["alpha"] if "pgd_true" in chosen else None
     counts = {"pgd_true": "PGD", "pgd_predicted": "PGD with predicted labels", "suite": "suite"}
     sizes = ", ".join(f"{counts[kind]} {size:,}" for kind, size in n.items())
     lines = [
-        f"Percent of the first test images of {_dataset(chosen)} (n: {sizes}) ± one binomial "
-        f"standard error; L-inf, eps {255 * row['epsilon']:g}/255"
+        f"Percent of the first test images of {_dataset(chosen)} (n: {sizes})"
+        + " ± one binomial standard error" * errors
+        + f"; L-inf, eps {255 * row['epsilon']:g}/255"
         + (f", step {255 * step:g}/255" if step else "")
         + ". PGD-S-R: S steps, R random restarts; the worst counts, image by image."
     ]
@@ -426,6 +428,8 @@ def model_cards(results, *folders):
             "pgd_acc": _or_dash(row.pgd_true if row else None),
             "suite_acc": _or_dash(row.suite if row else None),
             "epochs": f"{epochs}" if epochs else "–",
+            "optimizer": settings.get("optimizer", "–"),
+            "lr_max": settings.get("lr_max", "–"),
             "train_eps": f"{255 * settings['epsilon']:g}/255" if "epsilon" in settings else "–",
             "seed": settings.get("seed", "–"),
             "additional_data": "False",
@@ -443,9 +447,9 @@ def model_cards(results, *folders):
             "",
             markdown(columns),
             "",
-            *notes(table),
+            *notes(table, ("pgd_true", "suite"), errors=False),
             "",
-            "Accuracies in percent: clean_acc, pgd_acc (true labels), suite_acc; not AutoAttack's.",
+            "pgd_acc and suite_acc: robust accuracy, true labels; not AutoAttack's.",
             "A dash: not attacked in this way. train_eps 0/255: ordinary training.",
             *exceptions(list(trained.values())),
             "Keys follow RobustBench's model_info where it has one. sha256 is of `model.keras`.",
