@@ -212,6 +212,21 @@ def test_a_loss_that_is_not_finite_is_not_smoothed_away():
     assert np.isnan(drawn[2])
 
 
+@pytest.mark.parametrize("log", [True, False])
+def test_what_is_not_finite_stands_above_all_lines_and_says_whose_it_is(log):
+    layers = np.arange(1, 11)
+    one, other = pd.Series(10.0**-layers, layers), pd.Series(3 * 10.0**-layers, layers)
+    one[:4], other[:2] = np.inf, np.nan
+    ax = figures.by_layer({"kaf, a": one, "kaf, b": other}, ylabel="norm", log=log)
+    ax.figure.canvas.draw()
+    lines, crosses = ax.lines[:2], ax.lines[2:]
+    highest = max(ax.transData.transform((1, np.nanmax(line.get_ydata())))[1] for line in lines)
+    lowest = min(ax.transAxes.transform((0, cross.get_ydata()[0]))[1] for cross in crosses)
+    assert lowest > highest + 3
+    assert [list(cross.get_xdata()) for cross in crosses] == [[1, 2, 3, 4], [1, 2]]
+    assert [text.get_text() for text in ax.texts] == ["a: not finite", "b: not finite"]
+
+
 def test_a_figure_that_cannot_be_written_is_said_in_one_line(models, tmp_path, capsys):
     (tmp_path / "d.png").mkdir()
     assert figures.main(["curves", str(models), "--out", str(tmp_path / "d.png")]) == 2

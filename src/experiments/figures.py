@@ -791,7 +791,7 @@ def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None, 
         curves: {label: Series, or DataFrame with value, low and high, indexed by layer}; a label
             being an activation's name, perhaps with more after a comma ("kaf, depth 56"), which
             gives the colour; lines of one activation differ in style. Values that are not finite
-            are crosses at the top.
+            are crosses above all lines, in a row for each network that has any.
         reference: a y where a thin line is drawn.
 
     Returns:
@@ -815,7 +815,9 @@ def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None, 
         if isinstance(curve, pd.DataFrame):
             band = {"color": color_of(label), "alpha": 0.18, "lw": 0}
             ax.fill_between(curve.index, curve["low"], curve["high"], **band)
-        not_finite.append((value.index[~np.isfinite(value)], color_of(label)))
+        if not np.isfinite(value).all():
+            which = "".join(rest).strip() or name
+            not_finite.append((value.index[~np.isfinite(value)], color_of(label), which))
     if log:
         ax.set_yscale("log")
     else:  # from 0 to above everything drawn, also in panels that share this axis
@@ -823,12 +825,16 @@ def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None, 
         ax.set_ylim(0, 1.05 * max(panel.dataLim.y1 for panel in panels))
     if reference is not None:
         ax.axhline(reference, color="0.5", lw=0.8)
-    for height, (layers, color) in enumerate(pair for pair in not_finite if len(pair[0])):
+    if not_finite:  # room for their rows
+        (low, high), share = ax.get_ylim(), 0.08 * len(not_finite) + 0.02
+        stretch = share / (1 - share)
+        ax.set_ylim(low, high * (high / low) ** stretch if log else high + stretch * (high - low))
+    for row, (layers, color, which) in enumerate(not_finite):
         across = ax.get_xaxis_transform()
-        top = np.full(len(layers), 0.97 - 0.05 * height)
-        ax.plot(layers, top, "x", color=color, ms=5, transform=across, ls="none")
+        height = np.full(len(layers), 0.96 - 0.08 * row)
+        ax.plot(layers, height, "x", color=color, ms=5, transform=across, ls="none")
         ax.annotate(
-            "not finite", (layers[-1], top[0]), (6, 0), xycoords=across,
+            f"{which}: not finite", (layers[-1], height[0]), (8, 0), xycoords=across,
             textcoords="offset points", color=color, fontsize=8, va="center",
         )  # fmt: skip
     ax.set_xlabel("layer, from the input")
