@@ -139,7 +139,8 @@ def evaluate(
         classes: the number of outputs that is expected, where known.
         partial: path of a file that keeps the state after each restart of each attack. If it exists
             and belongs to this evaluation, its restarts are not repeated; it is left for the caller
-            to remove. say: called with one line if that happens.
+            to remove.
+        say: called with one line if an interrupted run is resumed.
 
     Returns:
         An Evaluation; the same in every figure for the same model, images, settings and seed.

@@ -816,7 +816,7 @@ def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None, 
             band = {"color": color_of(label), "alpha": 0.18, "lw": 0}
             ax.fill_between(curve.index, curve["low"], curve["high"], **band)
         if not np.isfinite(value).all():
-            which = "".join(rest).strip() or name
+            which = ",".join(rest).strip() or name
             not_finite.append((value.index[~np.isfinite(value)], color_of(label), which))
     if log:
         ax.set_yscale("log")
