@@ -12,7 +12,7 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import keras
@@ -269,15 +269,13 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
         annealing = AnnealKwta(start=config.kwta_anneal_from, every=config.kwta_anneal_every)
         callbacks.insert(0, annealing)
     augment = is_augmentable(config.dataset) and config.architecture.startswith("resnet")
+    epoch_batches = partial(
+        batches, x, y, batch_size=config.batch_size, seed=config.seed, augment=augment
+    )
     if first_epoch < config.epochs and not checkpoint.stopped:
-        epochs = (
-            batches(
-                x, y, batch_size=config.batch_size, seed=config.seed, epoch=epoch, augment=augment
-            )
-            for epoch in range(first_epoch, config.epochs)
-        )
+        epochs = range(first_epoch, config.epochs)
         model.fit(
-            reduce(tf.data.Dataset.concatenate, epochs),
+            reduce(tf.data.Dataset.concatenate, [epoch_batches(epoch=epoch) for epoch in epochs]),
             steps_per_epoch=steps_per_epoch,
             epochs=config.epochs,
             initial_epoch=first_epoch,
@@ -290,11 +288,8 @@ def train(config, out, *, data_dir=None, force=False, verbose=2):
         # training that was stopped keeps the weights the probe put back.
         if checkpoint.stopped is None:
             model.optimizer.finalize_variable_values(model.trainable_variables)
-            epoch = batches(
-                x, y, batch_size=config.batch_size, seed=config.seed, epoch=config.epochs,
-                augment=augment,
-            )  # fmt: skip
-            reestimate_batch_norm(model, epoch.take(EMA_BATCHES))
+            one_more = epoch_batches(epoch=config.epochs)
+            reestimate_batch_norm(model, one_more.take(EMA_BATCHES))
         elif hasattr(probe, "good_weights"):
             model.set_weights(probe.good_weights)
     network.set_weights(model.get_weights())
