@@ -220,6 +220,21 @@ def test_swapping_the_reference_flips_the_sign(models):
     assert one["p"] == other["p"] == 0.5
 
 
+def test_the_suite_is_tested_on_its_own_results(models, capsys):
+    """ReLU stands alone on 5 images, Swish on 10; under PGD on 10 and 20."""
+    assert comparison.main([str(models), "--attack", "suite"]) == 2
+    error = capsys.readouterr().err
+    assert "--attack suite needs results of two models" in error and error.count("\n") == 1
+    add_result(models / "net_relu", range(20), attack="suite")
+    add_result(models / "net_swish", range(5, 30), attack="suite")
+    assert comparison.main([str(models), "--attack", "suite"]) == 0
+    text = capsys.readouterr().out
+    assert "5 / 10" in text and "10 / 20" not in text and "with net_swish, under the suite" in text
+    assert comparison.main([str(models)]) == 0
+    text = capsys.readouterr().out
+    assert "10 / 20" in text and "with net_swish, under PGD-50-10" in text
+
+
 def test_holm_corrects_as_by_hand():
     np.testing.assert_allclose(comparison.holm([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
     np.testing.assert_allclose(comparison.holm([0.9, 0.8]), [1, 1])
@@ -232,7 +247,7 @@ def test_conclusion_names_what_is_told_apart(models):
     text = comparison.conclusion(
         comparison.paired(comparison.comparison(read_results(models)), "net_swish")
     )
-    assert "3 comparisons with net_swish, under attack: less robust: net_elu;" in text
+    assert "3 comparisons with net_swish, under PGD-50-10: less robust: net_elu;" in text
     assert "not told apart: net_relu, net_kaf. On the clean images: not told apart:" in text
     assert "100 images" in text
 

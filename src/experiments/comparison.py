@@ -177,8 +177,7 @@ def shown(table):
     cells = {"model": list(table["model"]), "clean": accuracy("clean_accuracy")}
     for kind, name in (("pgd_true", "true labels"), ("pgd_predicted", "predicted labels*")):
         if kind in chosen:
-            row = chosen[kind].iloc[0]
-            cells[f"PGD-{row['steps']:.0f}-{row['restarts']:.0f}, {name}"] = accuracy(kind)
+            cells[f"{_pgd_name(chosen[kind])}, {name}"] = accuracy(kind)
     if "suite" in n:
         cells["suite"] = accuracy("suite")
     if table["published_accuracy"].notna().any():
@@ -232,24 +231,25 @@ def _dataset(chosen):
 # --------------------------------------------------------------------------- paired differences
 
 
-def comparisons(table, names=()):
+def comparisons(table, names=(), kind="pgd_true"):
     """The paired tests of a table: a list of what `paired` returns.
 
     Args:
+        kind: see `paired`.
         names: of models, each compared with all others. None given: what the published claims
             compare with, within each architecture: "Swish is the most robust", "KAFs improve on
             ReLU"; where there is neither, the first model.
     """
     if names:
-        return [pairs for name in names if len(pairs := paired(table, name))]
-    rows = table.attrs["chosen"].get("pgd_true")
-    table = table[table["folder"].isin(rows.index)] if rows is not None else table[:0]
+        return [pairs for name in names if len(pairs := paired(table, name, kind))]
+    table = _with_results(table, kind)
     found = []
     for _, group in table.groupby("architecture", dropna=False, sort=False):
         if len(group) > 1:
             first = group.drop_duplicates("activation").set_index("activation")["model"]
             claimed = [first[name] for name in ("swish", "relu") if name in first]
-            found += [paired(group, name) for name in claimed or [group["model"].iloc[0]]]
+            names = claimed or [group["model"].iloc[0]]
+            found += [paired(group, name, kind) for name in names]
     return found
 
 
@@ -262,15 +262,14 @@ def paired(table, reference, kind="pgd_true"):
         kind: "pgd_true" or "suite".
 
     Returns:
-        Columns model, reference, n, robust_difference, low, high (95 %), only_model, only_reference
-        (images that stand under one alone), p (McNemar, exact), p_holm; clean_difference and, of
-        accuracy on clean images, clean_p and clean_p_holm.
+        Columns model, reference, attack, n, robust_difference, low, high (95 %), only_model,
+        only_reference (images that stand under one alone), p (McNemar, exact), p_holm;
+        clean_difference and, of accuracy on clean images, clean_p and clean_p_holm.
 
     Raises:
         InputError: if a reference is not there, or results are not of the same images.
     """
-    rows = table.attrs["chosen"].get(kind)
-    table = table[table["folder"].isin(rows.index)] if rows is not None else table[:0]
+    table = _with_results(table, kind)
     names = list(table["model"])
     if reference not in names:
         raise InputError(
@@ -279,19 +278,33 @@ def paired(table, reference, kind="pgd_true"):
         )
     if len(table) < 2:
         return pd.DataFrame()
-    images = {}
-    for name, folder in zip(names, table["folder"], strict=True):
-        result = Evaluation.read(rows.loc[folder, "path"])
-        images[name] = result
-    base = images.pop(reference)
+    rows = table.attrs["chosen"][kind]
+    found = {
+        name: Evaluation.read(rows.loc[folder, "path"])
+        for name, folder in zip(names, table["folder"], strict=True)
+    }
+    base = found.pop(reference)
+    attack = "suite" if kind == "suite" else _pgd_name(rows)
     differences = [
-        {"model": name, "reference": reference} | _difference(name, result, reference, base)
-        for name, result in images.items()
+        {"model": name, "reference": reference, "attack": attack}
+        | _difference(name, result, reference, base)
+        for name, result in found.items()
     ]
     frame = pd.DataFrame(differences)
     frame["p_holm"] = holm(frame["p"])
     frame["clean_p_holm"] = holm(frame["clean_p"])
     return frame
+
+
+def _with_results(table, kind):
+    """The rows of a table whose models have results of a kind."""
+    rows = table.attrs["chosen"].get(kind)
+    return table[table["folder"].isin(rows.index)] if rows is not None else table[:0]
+
+
+def _pgd_name(rows):
+    """PGD-S-R."""
+    return f"PGD-{rows['steps'].iloc[0]:.0f}-{rows['restarts'].iloc[0]:.0f}"
 
 
 def _difference(name, result, reference, base):
@@ -372,14 +385,15 @@ def _shown_p(values):
 
 def conclusion(pairs):
     """Two sentences: what n images tell apart at 5 %, robust and clean, and what they do not."""
-    n, reference = pairs["n"].iloc[0], pairs["reference"].iloc[0]
+    n, reference, attack = pairs[["n", "reference", "attack"]].iloc[0]
+    attack = "the suite" if attack == "suite" else attack
     robust = _told_apart(pairs, "p_holm", "robust_difference", ("more robust", "less robust"))
     clean = _told_apart(
         pairs, "clean_p_holm", "clean_difference", ("more accurate", "less accurate")
     )
     return (
         f"On {n:,} images, McNemar's exact test at 5 % with Holm's correction for {len(pairs)} "
-        f"comparison{'s' * (len(pairs) > 1)} with {reference}, under attack: {robust}. "
+        f"comparison{'s' * (len(pairs) > 1)} with {reference}, under {attack}: {robust}. "
         f"On the clean images: {clean}."
     )
 
@@ -524,6 +538,10 @@ def parse(argv=None):
         metavar="MODEL",
         help="each is compared with all others (Swish and ReLU, within each architecture)",
     )
+    parser.add_argument(
+        "--attack", choices=("pgd", "suite"), default="pgd",
+        help="whose results (true labels) the paired tests count (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="writes .csv, .md and .png files there")
     parser.add_argument(
         "--into", metavar="README.md", help="rewrites its <!-- table --> and <!-- paired --> blocks"
@@ -553,7 +571,13 @@ def run(arguments):
             f"no results in {', '.join(arguments.folders)}; make them with robustness_eval.py MODEL"
         )
     table = comparison(results)
-    tests = comparisons(table, arguments.reference or ())
+    kind = {"pgd": "pgd_true", "suite": "suite"}[arguments.attack]
+    tests = comparisons(table, arguments.reference or (), kind)
+    if arguments.attack == "suite" and not tests:
+        raise InputError(
+            "--attack suite needs results of two models to compare; make them with "
+            "robustness_eval.py MODEL --attack suite"
+        )
     print(console(shown(table)), "", *notes(table), sep="\n")
     for pairs in tests:
         print("", console(shown_pairs(pairs)), "", conclusion(pairs), sep="\n")
