@@ -792,7 +792,7 @@ def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None, 
             being an activation's name, perhaps with more after a comma ("kaf, depth 56"), which
             gives the colour; lines of one activation differ in style. Values that are not finite
             are crosses above all lines, in a row for each network that has any.
-        reference: a y where a thin line is drawn.
+        reference: a y where a thin line is drawn, for ratios: their axis need not begin at 0.
 
     Returns:
         The Axes.
@@ -820,7 +820,7 @@ def by_layer(curves, *, ylabel, ax=None, log=False, reference=None, title=None, 
             not_finite.append((value.index[~np.isfinite(value)], color_of(label), which))
     if log:
         ax.set_yscale("log")
-    else:  # from 0 to above everything drawn, also in panels that share this axis
+    elif reference is None:  # from 0 to above everything drawn, also in panels that share this axis
         panels = ax.get_shared_y_axes().get_siblings(ax)
         ax.set_ylim(0, 1.05 * max(panel.dataLim.y1 for panel in panels))
     if reference is not None:
