@@ -336,11 +336,11 @@ sys.exit(train.main())
 def test_catastrophic_overfitting_ends_the_run_with_the_good_weights(tiny, tmp_path, monkeypatch):
     script = iter([(0.4, 0.3), (0.9, 0.1), (0.4, 0.3)])  # the last: of the weights that are saved
 
-    def accuracies(self):
+    def measure(self):
         fgsm, pgd = next(script)
-        return {"probe_clean": 0.9, "probe_fgsm": fgsm, "probe_pgd": pgd}
+        return {"probe_clean": 0.9, "probe_fgsm": fgsm, "probe_pgd": pgd}, None
 
-    monkeypatch.setattr(RobustnessProbe, "accuracies", accuracies)
+    monkeypatch.setattr(RobustnessProbe, "measure", measure)
     weights = []
     monkeypatch.setattr(
         RobustnessProbe,
