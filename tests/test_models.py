@@ -107,7 +107,7 @@ def test_a_stored_result_is_reproduced(model):
         again = evaluate(opened.model, x[:REPRODUCED], y[:REPRODUCED], restarts=RESTARTS).images
     first = stored.images[:REPRODUCED]
     # What fell in a later restart stood in these.
-    stood = first["restart"] > RESTARTS
+    stood = first["restart"].fillna(0) > RESTARTS
     first["adversarial_prediction"] = first["adversarial_prediction"].mask(stood, first["label"])
     for column in ("label", "clean_prediction", "adversarial_prediction"):
         np.testing.assert_array_equal(again[column], first[column])
