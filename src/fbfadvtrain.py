@@ -303,7 +303,12 @@ class RobustnessProbe(keras.callbacks.Callback):
                 f"PGD accuracy {best['probe_pgd']:.1%} -> {pgd:.1%} while FGSM accuracy "
                 f"{best['probe_fgsm']:.1%} -> {row['probe_fgsm']:.1%}"
             )
-        half = (training_attack or 0.0) / 2
+        if training_attack is None:
+            return None
+        half = training_attack / 2
         if pgd < half - 2 * np.sqrt(half * (1 - half) / len(self.x)):
-            return f"accuracy {2 * half:.1%} under the attack of the training, {pgd:.1%} under PGD"
+            return (
+                f"accuracy {training_attack:.1%} under the attack of the training, "
+                f"{pgd:.1%} under PGD"
+            )
         return None

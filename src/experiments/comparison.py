@@ -235,10 +235,10 @@ def comparisons(table, names=(), kind="pgd_true"):
     """The paired tests of a table: a list of what `paired` returns.
 
     Args:
-        kind: see `paired`.
         names: of models, each compared with all others. None given: what the published claims
             compare with, within each architecture: "Swish is the most robust", "KAFs improve on
             ReLU"; where there is neither, the first model.
+        kind: see `paired`.
     """
     if names:
         return [pairs for name in names if len(pairs := paired(table, name, kind))]
@@ -248,8 +248,8 @@ def comparisons(table, names=(), kind="pgd_true"):
         if len(group) > 1:
             first = group.drop_duplicates("activation").set_index("activation")["model"]
             claimed = [first[name] for name in ("swish", "relu") if name in first]
-            names = claimed or [group["model"].iloc[0]]
-            found += [paired(group, name, kind) for name in names]
+            references = claimed or [group["model"].iloc[0]]
+            found += [paired(group, name, kind) for name in references]
     return found
 
 
