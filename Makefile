@@ -29,13 +29,13 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure (minutes)
 	for activation in $(DEMO_ACTIVATIONS); do \
-	  $(RUN) -m experiments.train --dataset digits --architecture light_cnn \
+	  $(RUN) -m kaf_study.train --dataset digits --architecture light_cnn \
 	    --activation $$activation --epochs $(DEMO_EPOCHS) $(DEMO_RECIPE) --seed 0 \
 	    --out runs/demo/digits_light_cnn_$${activation}_seed0 || exit; \
 	done
 	$(RUN) robustness_eval.py $(DEMO_MODELS) --dataset digits $(DEMO_ATTACK)
 	$(RUN) robustness_eval.py compare $(DEMO_MODELS)
-	$(RUN) -m experiments.figures scatter $(DEMO_MODELS) --out imgs/demo_scatter.png
+	$(RUN) -m kaf_study.figures scatter $(DEMO_MODELS) --out imgs/demo_scatter.png
 
 test: venv ## lint, format check and all tests (minutes)
 	$(RUN) -m ruff check .

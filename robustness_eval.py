@@ -9,7 +9,7 @@
 MODEL is a model folder, a .keras or .h5 file, a SavedModel folder, or a .zip of one. Results go
 to MODEL/robustness/ (model folders), else to robustness/NAME/ beside the model, or to DIR/NAME/
 with --out DIR. Interrupted, the same command goes on after the last finished restart. How images
-are counted, under true and under predicted labels, is written in experiments/evaluation.py.
+are counted, under true and under predicted labels, is written in kaf_study/evaluation.py.
 """
 
 import json
@@ -22,8 +22,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # After the log level, which TensorFlow reads once; TensorFlow itself is imported in `run`, when
 # the settings are known to be possible.
-from experiments import CommandParser, InputError, results
-from experiments.results import (
+from kaf_study import CommandParser, InputError, records
+from kaf_study.records import (
     ATTACKS,
     DEFAULT_N,
     DEFAULTS,
@@ -104,9 +104,9 @@ def main(argv=None):
     """The command. Returns its exit code: 0; 1 if a check failed; 2 if something cannot be used."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare"]:
-        from experiments import comparison
+        from kaf_study import compare
 
-        return comparison.main(argv[1:])
+        return compare.main(argv[1:])
     arguments = parse(argv)
     try:
         if arguments.check:
@@ -143,7 +143,7 @@ def run(arguments):
     ]
     check_counts(arguments, DEFAULT_N)
 
-    from experiments import evaluation
+    from kaf_study import evaluation
 
     summaries = []
     with ExitStack() as stack:
@@ -173,7 +173,7 @@ def run(arguments):
                     print(evaluation.save_adversarial(result, folder))
                 if arguments.save_examples:
                     print(save_examples(model, x, y, result, folder, arguments.save_examples))
-    return results.results_table(summaries)
+    return records.results_table(summaries)
 
 
 def check_counts(arguments, default_n):
@@ -187,8 +187,8 @@ def check_counts(arguments, default_n):
 
 def opened(arguments, stack):
     """The models, and {data set: (x, y, classes)}; all is opened before anything is attacked."""
-    from experiments import evaluation
-    from experiments.saved_models import open_model
+    from kaf_study import evaluation
+    from kaf_study.saved_models import open_model
 
     models = [stack.enter_context(open_model(path)) for path in arguments.models]
     refuse_clashes(models, arguments.out, evaluation.result_folder)
@@ -201,8 +201,8 @@ def check(arguments):
     check_counts(arguments, CHECK_N)
     refuse_ignored(arguments)
 
-    from experiments import evaluation, figures, sanity_checks
-    from experiments.saved_models import open_model
+    from kaf_study import evaluation, figures, sanity_checks
+    from kaf_study.saved_models import open_model
 
     settings = AttackSettings(
         epsilon=arguments.eps / 255,
@@ -250,7 +250,7 @@ def check(arguments):
                 },
                 "seed": settings.seed,
                 **report.as_dict(),
-                "versions": results.versions(),
+                "versions": records.versions(),
             }
             path = folder / f"{stem}.json"
             write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
@@ -280,8 +280,8 @@ def save_examples(model, x, y, result, folder, count):
     """Draw the first `count` fallen images beside the result; returns the path."""
     import numpy as np
 
-    from experiments import datasets, figures
-    from experiments.saved_models import logits_of
+    from kaf_study import datasets, figures
+    from kaf_study.saved_models import logits_of
 
     rows = result.images
     is_clean = rows["label"] == rows["clean_prediction"]
@@ -310,7 +310,7 @@ def _dataset(model, arguments):
 
 def test_images(name, arguments):
     """The first n test images, their labels, and the number of classes."""
-    from experiments import datasets
+    from kaf_study import datasets
 
     _, _, (x, y) = datasets.load(name, data_dir=arguments.data_dir)
     classes = int(y.max()) + 1

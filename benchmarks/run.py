@@ -24,9 +24,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from experiments import CommandParser, InputError
-from experiments.figures import put_table_into
-from experiments.results import hardware, make_writable, versions, write_atomically
+from kaf_study import CommandParser, InputError
+from kaf_study.figures import put_table_into
+from kaf_study.records import hardware, make_writable, versions, write_atomically
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
@@ -291,11 +291,11 @@ STEP_ACTIVATIONS = ["relu", "swish", "kaf", "kaf_free"]
 
 
 def keras_step(architecture, activation, batch_size):
-    """One step of fast adversarial training as experiments.train makes it, on one random batch."""
+    """One step of fast adversarial training as kaf_study.train makes it, on one random batch."""
     import keras
     import tensorflow as tf
 
-    from experiments.train import TrainConfig, build_network, build_trainer
+    from kaf_study.train import TrainConfig, build_network, build_trainer
 
     keras.utils.set_random_seed(0)
     config = TrainConfig(
@@ -391,8 +391,8 @@ def default_model():
 
 def attack(quick, arguments):
     """PGD of robustness_eval against ART called plainly, true labels, and who is left standing."""
-    from experiments import datasets
-    from experiments.saved_models import open_model
+    from kaf_study import datasets
+    from kaf_study.saved_models import open_model
 
     steps, restarts = (5, 2) if quick else (50, 10)
     counts = [8, 16] if quick else [20, 200]  # ART called plainly takes minutes
@@ -431,7 +431,7 @@ def attack(quick, arguments):
 
 
 def _ours(model, x, y, steps, restarts, verdicts):
-    from experiments.evaluation import evaluate
+    from kaf_study.evaluation import evaluate
 
     result = evaluate(model, x, y, steps=steps, restarts=restarts)
     rows = result.images

@@ -2,7 +2,7 @@
 
     python benchmarks/torch_resnet20.py relu|swish BATCH_SIZE
 
-The network of experiments.architectures (biases before batch normalisation, 3x3 convolutions of
+The network of kaf_study.architectures (biases before batch normalisation, 3x3 convolutions of
 stride 2 as skips), channels_last, float32, SGD. Prints its version, then makes one step for each
 line it is sent and answers with the loss.
 """

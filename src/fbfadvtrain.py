@@ -161,7 +161,7 @@ class FastBetterFreeTrainedModel(keras.Model):
 def pgd(model, loss_fn, x, y, *, start, epsilon, alpha, steps):
     """Projected gradient descent (Madry et al. 2018) in inference mode: a quick probe.
 
-    The evaluation proper is experiments.evaluation.
+    The evaluation proper is kaf_study.evaluation.
 
     Args:
         x, start: images (B, H, W, C) in [0, 1] and the perturbed images to start from.

@@ -1,3 +1,3 @@
-"""Tests run as the commands do: `experiments` sets what TensorFlow reads when it is imported."""
+"""Tests run as the commands do: `kaf_study` sets what TensorFlow reads when it is imported."""
 
-import experiments  # noqa: F401
+import kaf_study  # noqa: F401

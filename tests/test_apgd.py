@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 from art.attacks.evasion import AutoProjectedGradientDescent
 
-from experiments import InputError
-from experiments.apgd import APGD, LOSSES, checkpoints
-from experiments.attacks import CompiledClassifier, random_start
+from kaf_study import InputError
+from kaf_study.attacks.apgd import APGD, LOSSES, checkpoints
+from kaf_study.attacks.pgd import CompiledClassifier, random_start
 
 SHAPE, CLASSES, N, EPSILON = (6, 6, 3), 5, 12, 0.05
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from activationsf import Kaf
-from experiments import InputError
-from experiments.architectures import build, light_cnn, resnet, vgg
+from kaf_study import InputError
+from kaf_study.architectures import build, light_cnn, resnet, vgg
 
 # Parameter counts as published for the original networks.
 PUBLISHED = {

@@ -6,8 +6,9 @@ import pytest
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import TensorFlowV2Classifier
 
-from experiments import InputError, attacks
-from experiments.attacks import (
+from kaf_study import InputError
+from kaf_study.attacks import pgd as attacks
+from kaf_study.attacks.pgd import (
     PGD,
     CompiledClassifier,
     check_perturbation,

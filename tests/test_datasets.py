@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from experiments import InputError, datasets
+from kaf_study import InputError, datasets
 
 
 def images(count, side=32, seed=0):

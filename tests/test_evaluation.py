@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from experiments import InputError, evaluation, results
-from experiments.attacks import CompiledClassifier
-from experiments.evaluation import AttackSettings, evaluate, evaluate_saved
-from experiments.saved_models import open_model
+from kaf_study import InputError, evaluation
+from kaf_study import records as results
+from kaf_study.attacks.pgd import CompiledClassifier
+from kaf_study.evaluation import AttackSettings, evaluate, evaluate_saved
+from kaf_study.saved_models import open_model
 
 EPSILON, ALPHA = 8 / 255, 2 / 255
 SHAPE, CLASSES, N = (6, 6, 3), 3, 60

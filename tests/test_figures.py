@@ -13,14 +13,14 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_hex
 
 from activationsf import ACTIVATIONS, Kaf
-from experiments import InputError, figures
-from experiments.results import FORMAT, read_results
-from experiments.trained_models import (
+from kaf_study import InputError, figures
+from kaf_study.model_folder import (
     ACTIVATION_LABELS,
     COPIES,
     model_labels,
     trained_models,
 )
+from kaf_study.records import FORMAT, read_results
 
 CLEAN = {"relu": 0.77, "swish": 0.79, "kaf": 0.78}
 ROBUST = {"relu": 0.36, "swish": 0.41, "kaf": 0.39}

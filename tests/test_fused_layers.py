@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from experiments.fused_layers import FusedBatchNormalization, FusedSwish, fused
+from kaf_study.fused_layers import FusedBatchNormalization, FusedSwish, fused
 
 
 @pytest.fixture

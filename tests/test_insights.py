@@ -13,8 +13,8 @@ matplotlib.use("Agg")
 import itertools
 
 from activationsf import Kaf
-from experiments import InputError, insights
-from experiments.architectures import resnet
+from kaf_study import InputError, insights
+from kaf_study.architectures import resnet
 
 layers = keras.layers
 

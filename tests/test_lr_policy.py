@@ -7,9 +7,9 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-from experiments import InputError
-from experiments.lr_policy import LRFinder, LRFinderResult, TriangularCycle
 from fbfadvtrain import FastBetterFreeTrainedModel
+from kaf_study import InputError
+from kaf_study.lr_policy import LRFinder, LRFinderResult, TriangularCycle
 
 matplotlib.use("Agg")
 

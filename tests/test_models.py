@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import datasets
-from experiments.evaluation import evaluate
-from experiments.results import Evaluation, read_results
-from experiments.saved_models import file_sha256, open_model
-from experiments.trained_models import trained_models
+from kaf_study import datasets
+from kaf_study.evaluation import evaluate
+from kaf_study.model_folder import trained_models
+from kaf_study.records import Evaluation, read_results
+from kaf_study.saved_models import file_sha256, open_model
 
 MODELS = Path(__file__).parents[1] / "models"
 TRAINED = trained_models(MODELS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import comparison
+from kaf_study import compare as comparison
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

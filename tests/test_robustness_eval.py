@@ -14,8 +14,8 @@ import keras
 import numpy as np
 import pytest
 
-from experiments import datasets
-from experiments.results import read_results
+from kaf_study import datasets
+from kaf_study.records import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, CLASSES = (32, 32, 3), 10

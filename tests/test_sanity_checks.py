@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 from activationsf import activation
-from experiments import InputError
-from experiments.sanity_checks import NOT_RUN, RADII, check_model, robustness_curve
+from kaf_study import InputError
+from kaf_study.sanity_checks import NOT_RUN, RADII, check_model, robustness_curve
 
 matplotlib.use("Agg")
 SHAPE, CLASSES, N = (8, 8, 3), 5, 50

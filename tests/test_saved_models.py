@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from experiments import InputError, saved_models
-from experiments.attacks import CompiledClassifier
-from experiments.saved_models import file_sha256, folder_sha256, logits_of, open_model, unpack
+from kaf_study import InputError, saved_models
+from kaf_study.attacks.pgd import CompiledClassifier
+from kaf_study.saved_models import file_sha256, folder_sha256, logits_of, open_model, unpack
 
 SHAPE, CLASSES = (6, 6, 3), 3
 IMAGES = np.random.default_rng(0).uniform(0, 1, (4, *SHAPE)).astype("float32")

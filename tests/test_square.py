@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from experiments.attacks import CompiledClassifier
-from experiments.square import Square, square_side
+from kaf_study.attacks.pgd import CompiledClassifier
+from kaf_study.attacks.square import Square, square_side
 
 SHAPE, N, EPSILON = (8, 8, 3), 20, 0.05
 PIXELS = int(np.prod(SHAPE))

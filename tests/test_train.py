@@ -19,9 +19,9 @@ from tensorflow.python.framework.config import disable_op_determinism
 import kernel_expansion
 from activationsf import Kaf, Kwta
 from activationsf import activation as activation_layer
-from experiments import InputError, train
-from experiments.datasets import load
 from fbfadvtrain import RobustnessProbe
+from kaf_study import InputError, train
+from kaf_study.datasets import load
 
 TINY = {"dataset": "digits", "architecture": "light_cnn", "train_n": 64, "batch_size": 32}
 IMAGES = {"name": "digits"}  # of checkpoints made here
@@ -163,7 +163,7 @@ def test_a_run_leaves_a_complete_model_folder(activation, tmp_path, monkeypatch)
 
     model = keras.models.load_model(out / "model.keras")
     assert type(model) is type(keras.Model(model.input, model.output))
-    assert all(layer.__class__.__module__ != "experiments.fused_layers" for layer in model.layers)
+    assert all(layer.__class__.__module__ != "kaf_study.fused_layers" for layer in model.layers)
     x, y = load("digits")[1]
     accuracy = np.mean(np.argmax(model.predict(x, verbose=0), axis=-1) == y)
     results = record["results"]
@@ -301,7 +301,7 @@ def test_killed_and_started_again_a_run_ends_as_if_nothing_had_happened(
 ):
     settings = TINY | {"activation": "relu", "epochs": 4, "seed": 1}
     killed, straight = tmp_path / "killed", tmp_path / "straight"
-    # As python -m experiments.train, with the tiny network and a shorter probe.
+    # As python -m kaf_study.train, with the tiny network and a shorter probe.
     script = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})

@@ -1,7 +1,7 @@
 """The files an evaluation leaves, and the tables drawn from them.
 
 A result is two files, `NAME.json` (settings, figures, versions) and `NAME.csv` (one row per
-image); `experiments.evaluation` says how NAME is made. Files appear complete or not at all, the
+image); `kaf_study.evaluation` says how NAME is made. Files appear complete or not at all, the
 .json last: where it is, the evaluation was finished. Nothing here needs a model or TensorFlow.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments import InputError
+from kaf_study import InputError
 
 FORMAT = "robustness-1"
 LABELS = ("true", "predicted")
@@ -138,7 +138,7 @@ class AttackSettings:
         return tuple(AttackSettings(name, self.epsilon, seed=self.seed) for name in SUITE)
 
     def stem(self, n, dataset=None):
-        """Name of the result files for n images; see the first lines of experiments.evaluation."""
+        """Name of the result files for n images; see the first lines of kaf_study.evaluation."""
         parts = [self.attack, *self._counts(), self.labels]
         if dataset not in (None, DEFAULT_DATASET):
             parts.append(dataset)

@@ -20,16 +20,16 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from experiments import CommandParser, InputError
-from experiments.figures import accuracy_robustness_scatter, put_table_into, save
-from experiments.results import Evaluation, make_writable, read_results, write_atomically
-from experiments.trained_models import (
+from kaf_study import CommandParser, InputError
+from kaf_study.figures import accuracy_robustness_scatter, put_table_into, save
+from kaf_study.model_folder import (
     ACTIVATION_LABELS,
     DATASET_LABELS,
     model_order,
     trained_models,
     with_training,
 )
+from kaf_study.records import Evaluation, make_writable, read_results, write_atomically
 
 # Master's thesis (Sapienza, 2020): clean accuracy, and accuracy under PGD-50-10 of ART 1.3.3
 # called without labels: of the predicted-label kind. 60 (VGG) and 80 epochs of CIFAR-10.

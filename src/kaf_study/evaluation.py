@@ -1,6 +1,6 @@
 """How robust a classifier is: attack, label protocol, and the result files that record it.
 
-    from experiments.evaluation import evaluate
+    from kaf_study.evaluation import evaluate
     evaluate(model, x, y).summary["robust_accuracy"]
 
 Two label protocols, never to be confused (`--labels`):
@@ -18,12 +18,12 @@ Two label protocols, never to be confused (`--labels`):
   high, and every key of the summary that holds it ends in `_predicted_labels`. (The published
   evaluation, ART 1.3.3, kept the best whole run of its restarts; this is per image, as ART is now.)
 
-Attacks (`experiments.results.ATTACKS`): `pgd` unless told otherwise; `suite` runs several, each on
+Attacks (`kaf_study.records.ATTACKS`): `pgd` unless told otherwise; `suite` runs several, each on
 what the ones before left standing, and an image is robust if it stands under all of them: the worst
 case per image, never above the figure of any of its members. It is not the standard AutoAttack
 (Croce & Hein 2020), which has FAB where this has PGD, and 5,000 queries of Square.
 
-A result is two files, `NAME.json` and `NAME.csv` (`experiments.results`). NAME is
+A result is two files, `NAME.json` and `NAME.csv` (`kaf_study.records`). NAME is
 `ATTACK-STEPS-RESTARTS-LABELS`, e.g. `pgd-50-10-true` or `suite-true`, followed by whatever is not
 the default: `-digits` (data set), `-n256` (number of images), `-eps4`, `-step1` (in 255ths),
 `-seed1`. Results of other settings thus have other names; a file of the same name that belongs to
@@ -44,9 +44,9 @@ import numpy as np
 import pandas as pd
 import tensorflow as tf
 
-from experiments import InputError
-from experiments.apgd import APGD
-from experiments.attacks import (
+from kaf_study import InputError
+from kaf_study.attacks.apgd import APGD
+from kaf_study.attacks.pgd import (
     FGSM,
     PGD,
     CarliniWagner,
@@ -54,8 +54,9 @@ from experiments.attacks import (
     DeepFool,
     check_perturbation,
 )
-from experiments.datasets import fingerprint
-from experiments.results import (
+from kaf_study.attacks.square import Square
+from kaf_study.datasets import fingerprint
+from kaf_study.records import (
     FORMAT,
     AttackSettings,
     Evaluation,
@@ -67,18 +68,17 @@ from experiments.results import (
     versions,
     write_atomically,
 )
-from experiments.saved_models import LOGITS, logits_of
-from experiments.square import Square
+from kaf_study.saved_models import LOGITS, logits_of
 
 __all__ = ["AttackSettings", "Evaluation", "evaluate", "evaluate_saved", "read_results"]
 
 IMPLEMENTATIONS = {
     "pgd": "IBM ART ProjectedGradientDescentTensorFlowV2, own outer loop",
     "fgsm": "IBM ART ProjectedGradientDescentTensorFlowV2, one step from the clean image",
-    "apgd-ce": "experiments.apgd",
-    "apgd-dlr": "experiments.apgd",
-    "apgd-t": "experiments.apgd, targeted DLR",
-    "square": "experiments.square",
+    "apgd-ce": "kaf_study.attacks.apgd",
+    "apgd-dlr": "kaf_study.attacks.apgd",
+    "apgd-t": "kaf_study.attacks.apgd, targeted DLR",
+    "square": "kaf_study.attacks.square",
     "deepfool": "IBM ART DeepFool (L2), its result cut to the L-inf ball",
     "cw": "IBM ART CarliniLInfMethod at tau = epsilon, its result cut to the L-inf ball",
     "suite": "each member on what the ones before left standing",
@@ -128,7 +128,7 @@ def evaluate(
         model: Keras model, or callable f(x, training=False), giving logits or probabilities; or a
             CompiledClassifier, which spares compiling it again.
         x: images (N, H, W, C), float32 in [0, 1]. y: true labels (N,), int.
-        attack: one of `experiments.results.ATTACKS`.
+        attack: one of `kaf_study.records.ATTACKS`.
         epsilon: L-inf radius in the units of x.
         alpha, steps, restarts: None for the attack's own (`AttackSettings`).
         labels: "true" or "predicted".

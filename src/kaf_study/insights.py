@@ -27,8 +27,8 @@ from keras import ops
 
 from activationsf import Kaf, Kwta
 from activationsf import activation as activation_by_name
-from experiments import InputError
-from experiments.datasets import batches
+from kaf_study import InputError
+from kaf_study.datasets import batches
 from kernel_expansion import equally_spaced_dictionary, plain_expansion, rule_of_thumb_bandwidth
 
 RULERS = ("clean_norm", "to_other_image")

@@ -11,8 +11,9 @@ import pytest
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments import InputError, comparison
-from experiments.results import AttackSettings, Evaluation, read_results, standard_error
+from kaf_study import InputError
+from kaf_study import compare as comparison
+from kaf_study.records import AttackSettings, Evaluation, read_results, standard_error
 
 N = 100
 

@@ -1,6 +1,6 @@
 """One training run: settings -> a model folder, resumable from its last finished epoch.
 
-python -m experiments.train --dataset cifar10 --architecture resnet20 --activation kaf \
+python -m kaf_study.train --dataset cifar10 --architecture resnet20 --activation kaf \
     --epochs 15 --seed 0 --out models/cifar10_resnet20_kaf_seed0
 """
 
@@ -21,14 +21,14 @@ import pandas as pd
 import tensorflow as tf
 
 from activationsf import ACTIVATIONS, AnnealKwta, activation
-from experiments import CommandParser, InputError
-from experiments.architectures import build
-from experiments.datasets import DATASETS, batches, fingerprint, is_augmentable, load
-from experiments.fused_layers import fused
-from experiments.lr_policy import TriangularCycle
-from experiments.results import hardware, make_writable, versions, write_atomically
-from experiments.saved_models import file_sha256
 from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe, fgsm_random_start
+from kaf_study import CommandParser, InputError
+from kaf_study.architectures import build
+from kaf_study.datasets import DATASETS, batches, fingerprint, is_augmentable, load
+from kaf_study.fused_layers import fused
+from kaf_study.lr_policy import TriangularCycle
+from kaf_study.records import hardware, make_writable, versions, write_atomically
+from kaf_study.saved_models import file_sha256
 
 PROBE_IMAGES = 512
 PROBE_EPSILON = 8 / 255  # where training itself has no radius
@@ -539,7 +539,7 @@ def write_json(path, value):
 
 def parse(argv):
     parser = CommandParser(
-        prog="python -m experiments.train",
+        prog="python -m kaf_study.train",
         description="Fast adversarial (or ordinary) training of one model folder; resumable.",
     )
     add = parser.add_argument
@@ -603,7 +603,7 @@ def main(argv=None):
     try:
         train(config_of(args), args.out, data_dir=args.data_dir, force=args.force)
     except InputError as error:
-        print(f"experiments.train: error: {error}", file=sys.stderr)
+        print(f"kaf_study.train: error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import InputError
-from experiments.results import (
+from kaf_study import InputError
+from kaf_study.records import (
     FORMAT,
     Evaluation,
     read_results,

@@ -26,7 +26,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-from experiments import InputError
+from kaf_study import InputError
 
 KINDS = "a model folder, a .keras or .h5 file, a SavedModel folder, or a .zip of one of these"
 

@@ -19,8 +19,8 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from experiments import InputError
-from experiments.attacks import BatchAttack, project, random_start
+from kaf_study import InputError
+from kaf_study.attacks.pgd import BatchAttack, project, random_start
 
 MOMENTUM = 0.75  # alpha of the paper, weight of the new step against the last one
 PROGRESS = 0.75  # rho: halve the step where fewer than this fraction of the steps made progress

@@ -1,7 +1,7 @@
 """Attack a classifier image by image: IBM ART's attacks, run so that no work is wasted.
 
 `PGD` and `FGSM`, `DeepFool` and `CarliniWagner` are ART's; what ART lacks for TensorFlow is in
-`experiments.apgd` and `experiments.square`, on the `BatchAttack` here. All have
+`kaf_study.attacks.apgd` and `kaf_study.attacks.square`, on the `BatchAttack` here. All have
 `run(x, y, images, restart, ...) -> Run`.
 
 The mathematics of PGD is ART's own: it is its `ProjectedGradientDescentTensorFlowV2`
@@ -34,7 +34,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from experiments import InputError
+from kaf_study import InputError
 
 # Importing ART sets up logging for the whole process, which closes other libraries' log streams
 # (absl's, and with it a captured stderr), and warns that PyTorch, which is not used, is missing.

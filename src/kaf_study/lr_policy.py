@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from experiments import InputError
+from kaf_study import InputError
 
 SMOOTHING = 0.9  # weight of the past in the running loss that is watched for divergence
 DIVERGENCE = 4.0  # stop when the running loss exceeds this multiple of its best value

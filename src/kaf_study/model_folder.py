@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments import InputError
+from kaf_study import InputError
 
 # In the order of the tables
 ACTIVATION_LABELS = {

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from experiments import InputError
+from kaf_study import InputError
 
 DATASETS = ("cifar10", "digits")
 

@@ -19,10 +19,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from experiments import InputError
-from experiments.attacks import PGD, CompiledClassifier, random_start
-from experiments.evaluation import evaluate
-from experiments.saved_models import PROBABILITIES, logits_of
+from kaf_study import InputError
+from kaf_study.attacks.pgd import PGD, CompiledClassifier, random_start
+from kaf_study.evaluation import evaluate
+from kaf_study.saved_models import PROBABILITIES, logits_of
 
 RADII = (0, 1, 2, 4, 8, 16, 32)  # of the curve, in 255ths
 ITERATIONS = (1, 5, 10, 20, 50, 100)
@@ -427,7 +427,7 @@ def robustness_curve(curves, ax=None):
     """Robust accuracy against radius; curves {label: CheckReport.curve}; returns the axes."""
     import matplotlib.pyplot as plt
 
-    from experiments.figures import color_of
+    from kaf_study.figures import color_of
 
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 4), layout="constrained")

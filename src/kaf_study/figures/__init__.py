@@ -1,8 +1,8 @@
 """Every plot of the study, each drawn from result files or a model.
 
-    python -m experiments.figures scatter models/* --out imgs/scatter.png
-    python -m experiments.figures curves models/* --out imgs/curves.png
-    python -m experiments.figures shapes models/NAME --out imgs/kaf_shapes.png   # or several
+    python -m kaf_study.figures scatter models/* --out imgs/scatter.png
+    python -m kaf_study.figures curves models/* --out imgs/curves.png
+    python -m kaf_study.figures shapes models/NAME --out imgs/kaf_shapes.png   # or several
 
 Accuracies are fractions in files and code, percent in figures. One colour per activation, the same
 everywhere; where colours alone might not be told apart, marker, line style or a label says it too.
@@ -20,14 +20,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
-from experiments import CommandParser, InputError
-from experiments.results import make_writable, read_results, write_atomically
-from experiments.trained_models import (
+from kaf_study import CommandParser, InputError
+from kaf_study.model_folder import (
     ACTIVATION_LABELS,
     model_labels,
     trained_models,
     with_training,
 )
+from kaf_study.records import make_writable, read_results, write_atomically
 
 # Okabe & Ito 2008, and wine and grey of Tol 2021: told apart by colour-blind readers.
 ACTIVATION_COLORS = {
@@ -91,7 +91,7 @@ def accuracy_robustness_scatter(results, labels="true", ax=None, *, protocol=Non
     correct, so a point above the diagonal is impossible: it is ringed, and warned of.
 
     Args:
-        results: of `experiments.results.read_results`.
+        results: of `kaf_study.records.read_results`.
         labels: "true", or "predicted" to draw what is not a robust accuracy.
         protocol: name of the result files (pgd-50-10-true), where there are several.
 
@@ -541,7 +541,7 @@ def initial_network(model):
     """The network of a TrainedModel as it was before training: same settings, same seed."""
     import keras
 
-    from experiments.train import TrainConfig, build_network
+    from kaf_study.train import TrainConfig, build_network
 
     keras.utils.set_random_seed(model.settings["seed"])
     return build_network(TrainConfig(**model.settings))
@@ -716,7 +716,7 @@ def activation_histograms(
     """Pre-activations of some layers, clean against attacked, with the activation over them.
 
     Args:
-        clean, attacked: of `experiments.insights.histograms` with this `limit`, (L, bins + 2).
+        clean, attacked: of `kaf_study.insights.histograms` with this `limit`, (L, bins + 2).
         panels: how many layers are drawn, evenly spaced, first and last included.
         channels: how many functions of each KAF layer are drawn.
         functions: False leaves the activation out (it does not act on channel means).
@@ -724,7 +724,7 @@ def activation_histograms(
     Returns:
         The Figure.
     """
-    from experiments.insights import activation_layers
+    from kaf_study.insights import activation_layers
 
     layers = activation_layers(model)
     chosen = _evenly(len(layers), panels)
@@ -862,7 +862,7 @@ def training_steps(histories, *, window=10, title=None):
     """Loss and gradient norm of short trainings, step by step.
 
     Args:
-        histories: {label: table of `experiments.insights.train_steps`}, labels as in `by_layer`.
+        histories: {label: table of `kaf_study.insights.train_steps`}, labels as in `by_layer`.
         window: steps over which the loss is averaged.
 
     Returns:
@@ -934,7 +934,7 @@ def movement_and_robustness(points, *, xlabel, ylabel="robust accuracy (%)", ax=
 
 def parse(argv=None):
     parser = CommandParser(
-        prog="python -m experiments.figures",
+        prog="python -m kaf_study.figures",
         description="Figures from model folders and their result files.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -961,7 +961,7 @@ def main(argv=None):
     try:
         run(arguments)
     except InputError as error:
-        print(f"experiments.figures: error: {error}", file=sys.stderr)
+        print(f"kaf_study.figures: error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -996,7 +996,7 @@ def _shapes_of_folders(models, channels):
         raise InputError("no finished model with KAFs is there, so there are no shapes to draw")
     if channels < 1:
         raise InputError(f"--channels must be at least 1, got {channels}")
-    from experiments.saved_models import open_model
+    from kaf_study.saved_models import open_model
 
     labels = model_labels(models)
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ import keras
 from keras import layers
 
 from activationsf import activation as activation_by_name
-from experiments import InputError
+from kaf_study import InputError
 
 DENSE_L2 = 0.0012  # light_cnn and vgg: on the dense kernels only
 

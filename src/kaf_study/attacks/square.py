@@ -11,7 +11,7 @@ image there depends on the others. Here each image draws its own, named by (seed
 
 import numpy as np
 
-from experiments.attacks import BatchAttack, project
+from kaf_study.attacks.pgd import BatchAttack, project
 
 INITIAL_FRACTION = 0.8  # p: fraction of the pixels that the first squares cover
 # Queries, of 10,000, after which p is halved (Andriushchenko et al., section 5)
