@@ -23,15 +23,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # After the log level, which TensorFlow reads once; TensorFlow itself is imported in `run`, when
 # the settings are known to be possible.
 from kaf_study import CommandParser, InputError, records
-from kaf_study.records import (
-    ATTACKS,
-    DEFAULT_N,
-    DEFAULTS,
-    AttackSettings,
-    check_count,
-    make_writable,
-    write_atomically,
-)
+from kaf_study.attacks.registry import ATTACKS, DEFAULT_N, DEFAULTS, AttackSettings, check_count
+from kaf_study.records import make_writable, write_atomically
 
 CHECK_N = 64
 

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 
 from kaf_study import InputError
 from kaf_study import compare as comparison
-from kaf_study.records import AttackSettings, Evaluation, read_results, standard_error
+from kaf_study.attacks.registry import AttackSettings
+from kaf_study.records import Evaluation, read_results, standard_error
 
 N = 100
 

@@ -21,9 +21,9 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from kaf_study import CommandParser, InputError
+from kaf_study.activations import ACTIVATION_LABELS
 from kaf_study.figures import accuracy_robustness_scatter, put_table_into, save
 from kaf_study.model_folder import (
-    ACTIVATION_LABELS,
     DATASET_LABELS,
     model_order,
     trained_models,

@@ -54,13 +54,12 @@ from kaf_study.attacks.pgd import (
     DeepFool,
     check_perturbation,
 )
+from kaf_study.attacks.registry import AttackSettings, check_count
 from kaf_study.attacks.square import Square
 from kaf_study.datasets import fingerprint
 from kaf_study.records import (
     FORMAT,
-    AttackSettings,
     Evaluation,
-    check_count,
     hardware,
     make_writable,
     read_results,

@@ -11,19 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from kaf_study import InputError
+from kaf_study.activations import ACTIVATION_LABELS
 
-# In the order of the tables
-ACTIVATION_LABELS = {
-    "relu": "ReLU",
-    "elu": "ELU",
-    "swish": "Swish",
-    "kaf": "KAF",
-    "kaf_relu": "KAF_ReLU",
-    "kaf_elu": "KAF_ELU",
-    "kaf_swish": "KAF_Swish",
-    "kaf_free": "KAF_Free",
-    "kwta": "k-WTA",
-}
 DATASET_LABELS = {"cifar10": "CIFAR-10"}
 # Fingerprints of validation splits of images that are not quite those of the data set's authors
 COPIES = {"909fb79bbfc4a2d02387c3bdd0731a0d093337eabb6fb8324fd791fa5913bac7": "a JPEG copy"}

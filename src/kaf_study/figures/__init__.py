@@ -21,26 +21,14 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from kaf_study import CommandParser, InputError
+from kaf_study.activations import ACTIVATION_COLORS, ACTIVATION_LABELS
 from kaf_study.model_folder import (
-    ACTIVATION_LABELS,
     model_labels,
     trained_models,
     with_training,
 )
 from kaf_study.records import make_writable, read_results, write_atomically
 
-# Okabe & Ito 2008, and wine and grey of Tol 2021: told apart by colour-blind readers.
-ACTIVATION_COLORS = {
-    "relu": "#000000",
-    "elu": "#E69F00",
-    "swish": "#0072B2",
-    "kaf": "#D55E00",
-    "kaf_relu": "#CC79A7",
-    "kaf_elu": "#009E73",
-    "kaf_swish": "#56B4E9",
-    "kaf_free": "#882255",
-    "kwta": "#999999",
-}
 OTHER_COLOR = "#666666"  # a model whose activation is not known
 
 
