@@ -42,9 +42,10 @@ class CompiledClassifier:
         self.model, self.nb_classes, self.input_shape = model, classes, tuple(input_shape)
         self.gradient_calls = 0
         self.forward_calls = 0
-        self._compiled = {}  # loss: function
+        self._graphs = {}
+        self._images = tf.TensorSpec((None, *input_shape), tf.float32)
 
-        @tf.function(input_signature=[tf.TensorSpec((None, *input_shape), tf.float32)])
+        @tf.function(input_signature=[self._images])
         def logits(x):
             return tf.cast(model(x, training=False), tf.float32)
 
@@ -66,21 +67,11 @@ class CompiledClassifier:
             Function (x (B, H, W, C), *labels) -> loss (B,), logits (B, classes), and the gradient
             of the summed loss in x, NumPy arrays.
         """
-        if loss in self._compiled:
-            return self._compiled[loss]
-
-        @tf.function(reduce_retracing=True)
-        def compiled(x, *labels):
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(x)
-                logits = tf.cast(self.model(x, training=False), tf.float32)
-                losses = loss(logits, *labels)
-            return losses, logits, tape.gradient(losses, x)
 
         def loss_logits_gradient(x, *labels):
             self.gradient_calls += 1
-            labels = (tf.constant(label, tf.int32) for label in labels)
-            found = compiled(tf.constant(x, tf.float32), *labels)
+            labels = [tf.constant(label, tf.int32) for label in labels]
+            found = self._traced(loss, len(labels))(tf.constant(x, tf.float32), *labels)
             if found[-1] is None:
                 raise InputError(
                     "no gradient passes from the model's outputs to its images, so it cannot be "
@@ -88,8 +79,23 @@ class CompiledClassifier:
                 )
             return [v.numpy() for v in found]
 
-        self._compiled[loss] = loss_logits_gradient
         return loss_logits_gradient
+
+    def _traced(self, loss, labels):
+        """The graph of a loss with so many labels: one for all batch sizes."""
+        if (loss, labels) not in self._graphs:
+            label = tf.TensorSpec((None,), tf.int32)
+
+            @tf.function(input_signature=[self._images, *[label] * labels])
+            def graph(x, *labels):
+                with tf.GradientTape(watch_accessed_variables=False) as tape:
+                    tape.watch(x)
+                    logits = tf.cast(self.model(x, training=False), tf.float32)
+                    losses = loss(logits, *labels)
+                return losses, logits, tape.gradient(losses, x)
+
+            self._graphs[loss, labels] = graph
+        return self._graphs[loss, labels]
 
     def class_gradients(self, x: np.ndarray, classes: np.ndarray) -> np.ndarray:
         """Gradients in x (B, H, W, C) of the logits `classes` (B, K) int: (B, K, H, W, C)."""

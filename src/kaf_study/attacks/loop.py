@@ -204,9 +204,9 @@ def check_perturbation(x: np.ndarray, x_adv: np.ndarray, epsilon: float) -> np.n
     """
     if not np.all(np.isfinite(x_adv)):
         raise RuntimeError("the attack produced NaN or infinite pixels")
-    if x_adv.size and (x_adv.min() < 0 or x_adv.max() > 1):
+    if x_adv.min() < 0 or x_adv.max() > 1:
         raise RuntimeError(f"the attack left [0, 1]: {x_adv.min()} to {x_adv.max()}")
-    linf = np.abs(x_adv - x).reshape(len(x), -1).max(axis=1, initial=0)
-    if len(linf) and linf.max() > epsilon + 1e-6:
+    linf = np.abs(x_adv - x).max(axis=(1, 2, 3))
+    if linf.max() > epsilon + 1e-6:
         raise RuntimeError(f"the attack left the ball: {linf.max()} > {epsilon}")
     return linf
