@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from kaf_study import InputError, saved_models
-from kaf_study.attacks.pgd import CompiledClassifier
+from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.saved_models import file_sha256, folder_sha256, logits_of, open_model, unpack
 
 SHAPE, CLASSES = (6, 6, 3), 3

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kaf_study.attacks.pgd import CompiledClassifier
+from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.square import Square, square_side
 
 SHAPE, N, EPSILON = (8, 8, 3), 20, 0.05

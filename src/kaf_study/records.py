@@ -70,6 +70,16 @@ class Evaluation:
     def stem(self):
         return self.summary["name"]
 
+    @property
+    def is_clean(self) -> pd.Series:
+        """(N,) bool: correct when clean."""
+        return self.images["label"] == self.images["clean_prediction"]
+
+    @property
+    def is_robust(self) -> pd.Series:
+        """(N,) bool, of an evaluation with true labels: correct when clean and under attack."""
+        return self.is_clean & (self.images["label"] == self.images["adversarial_prediction"])
+
     def write(self, directory):
         """Write the .csv and then the .json (whose presence means: finished); return its path."""
         directory = Path(directory)
