@@ -57,13 +57,14 @@ from kaf_study.attacks.pgd import (
 from kaf_study.attacks.registry import AttackSettings, check_count
 from kaf_study.attacks.square import Square
 from kaf_study.datasets import fingerprint
+from kaf_study.files import locked
 from kaf_study.records import (
     FORMAT,
     Evaluation,
+    counted,
     hardware,
     make_writable,
     read_results,
-    standard_error,
     versions,
     write_atomically,
 )
@@ -456,19 +457,6 @@ def _members(settings, images, state):
 
 def _summary(settings, images, dataset, print_of_data, batch_size, outputs):
     n = len(images)
-    is_clean = images["label"] == images["clean_prediction"]
-    is_kept = images["label"] == images["adversarial_prediction"]
-    if settings.labels == "true":
-        counted = {
-            "robust_accuracy": float((is_clean & is_kept).mean()),
-            "robust_standard_error": standard_error((is_clean & is_kept).mean(), n),
-        }
-    else:
-        counted = {
-            "accuracy_under_attack_predicted_labels": float(is_kept.mean()),
-            "standard_error_predicted_labels": standard_error(is_kept.mean(), n),
-            "pushed_onto_true_class_predicted_labels": int((~is_clean & is_kept).sum()),
-        }
     return {
         "format": FORMAT,
         "name": settings.stem(n, dataset),
@@ -487,13 +475,7 @@ def _summary(settings, images, dataset, print_of_data, batch_size, outputs):
         "how_counted": HOW_COUNTED[settings.labels],
         "outputs": outputs,
         "dataset": {"name": dataset, "split": "test", "fingerprint": print_of_data},
-        "n": n,
-        "clean_accuracy": float(is_clean.mean()),
-        "clean_standard_error": standard_error(is_clean.mean(), n),
-        **{
-            name: value if isinstance(value, int) else float(value)
-            for name, value in counted.items()
-        },
+        **counted(images, settings.labels),
         "seed": settings.seed,
         "versions": versions(),
         "hardware": hardware(),
@@ -539,37 +521,41 @@ def evaluate_saved(
         _refuse_other(path, kept.summary, opened, settings, fingerprint(*_check_images(x, y)))
         images = path.with_suffix(".npz")
         if not keep_images or images.exists():
+            partial.unlink(missing_ok=True)  # of a run that was killed just after it had finished
             say(f"{opened.name}: finished before, read from {path} (--force to repeat)")
             return replace(kept, x_adv=read_adversarial(images)) if keep_images else kept
         say(f"{opened.name}: finished before without its images; attacked again for them")
-    try:
-        result = evaluate(
-            opened.model,
-            x,
-            y,
-            attack=settings.attack,
-            epsilon=settings.epsilon,
-            alpha=settings.alpha,
-            steps=settings.steps,
-            restarts=settings.restarts,
-            labels=settings.labels,
-            seed=settings.seed,
-            batch_size=batch_size,
-            progress=progress,
-            dataset=dataset,
-            classes=classes,
-            model_name=opened.name,
-            model_sha256=opened.sha256,
-            partial=partial,
-            say=lambda line: say(f"{opened.name}: {line}"),
-        )
-    except InputError as error:
-        raise InputError(f"{str(opened.path)!r}: {error}") from None
-    if result.summary["outputs"] != "logits":
-        say(f"{opened.name}: ends in a softmax; attacked {_ATTACKED[result.summary['outputs']]}")
-    path.with_suffix(".npz").unlink(missing_ok=True)  # attacked images of an earlier result
-    result.write(directory)
-    partial.unlink(missing_ok=True)
+    with locked(directory / f".{stem}.lock"):
+        try:
+            result = evaluate(
+                opened.model,
+                x,
+                y,
+                attack=settings.attack,
+                epsilon=settings.epsilon,
+                alpha=settings.alpha,
+                steps=settings.steps,
+                restarts=settings.restarts,
+                labels=settings.labels,
+                seed=settings.seed,
+                batch_size=batch_size,
+                progress=progress,
+                dataset=dataset,
+                classes=classes,
+                model_name=opened.name,
+                model_sha256=opened.sha256,
+                partial=partial,
+                say=lambda line: say(f"{opened.name}: {line}"),
+            )
+        except InputError as error:
+            raise InputError(f"{str(opened.path)!r}: {error}") from None
+        if result.summary["outputs"] != "logits":
+            say(
+                f"{opened.name}: ends in a softmax; attacked {_ATTACKED[result.summary['outputs']]}"
+            )
+        path.with_suffix(".npz").unlink(missing_ok=True)  # images of an earlier result
+        result.write(directory)
+        partial.unlink(missing_ok=True)
     return result
 
 
