@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import zlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -233,9 +232,8 @@ def read_training(path: Path) -> dict[str, Any]:
 
 def read_history(path: Path, epochs: int | None = None) -> pd.DataFrame:
     """A history.csv: one row per epoch, `epoch` from 0, numbers only; `epochs` rows if given."""
-    rows = _table(path)
+    rows, fault = _table(path), None
     numbers = rows.select_dtypes("number")
-    fault = None
     if "epoch" not in rows or list(rows["epoch"]) != list(range(len(rows))) or not len(rows):
         fault = "its column epoch does not count from 0"
     elif len(numbers.columns) < len(rows.columns) or not np.isfinite(numbers).all(axis=None):
@@ -256,8 +254,9 @@ def _table(path: Path, **types: str) -> pd.DataFrame:
                 text = file.read(MAX_RECORD_BYTES + 1)
         if len(text) > MAX_RECORD_BYTES or not text.endswith(b"\n"):
             raise ValueError("it is cut off, or far too long")
-        return pd.read_csv(io.BytesIO(text), dtype=types)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+        with np.errstate(invalid="raise"):  # a number too large for a whole one
+            return pd.read_csv(io.BytesIO(text), dtype=types)
+    except Exception as error:  # pandas, gzip and zlib raise a dozen types for a damaged file
         raise InputError(
             f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:160]}; "
             "restore the file, or make it anew with --force"
@@ -385,9 +384,10 @@ def _fault_of_rows(images: pd.DataFrame, summary: dict[str, Any]) -> str | None:
     n, attack = summary["n"], summary["attack"]
     predictions = ["label", "clean_prediction", "adversarial_prediction"]
     needed = ["index", *predictions, "restart", "iteration", "linf"]
-    needed += ["felled_by"] * ("members" in attack)
     if missing := [name for name in needed if name not in images]:
         return f"there is no column {', '.join(missing)}"
+    if ("felled_by" in images) != ("members" in attack):
+        return "a column felled_by and attack.members in the .json belong together"
     if len(images) != n:
         return f"it has {len(images)} rows where the .json says n = {n}"
     for name in ("index", *predictions):
@@ -433,10 +433,8 @@ def _fault_of_figures(images: pd.DataFrame, summary: dict[str, Any]) -> str | No
     """The first figure of a summary that its rows do not give, or None."""
     expected = counted(images, summary["labels"])
     for name in FIGURES:
-        told, found = summary.get(name), expected.get(name)
-        if (told is None) != (found is None) or (
-            found is not None and not math.isclose(told, found, abs_tol=1e-12)
-        ):
+        told, found = summary.get(name, np.nan), expected.get(name, np.nan)
+        if not np.isclose(told, found, rtol=1e-9, atol=1e-12, equal_nan=True):
             return f"{name} is {told}, the rows give {found}"
     standing = int(is_clean(images).sum())
     for member in summary["attack"].get("members", ()):
