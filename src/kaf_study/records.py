@@ -294,7 +294,7 @@ class Evaluation:
     @property
     def is_robust(self) -> pd.Series:
         """(N,) bool: the attack failed, and there was something to lose. Of true labels only."""
-        if self.summary["labels"] != "true":
+        if self.summary.get("labels", "true") != "true":
             raise InputError(f"{self.stem}: attacked under predicted labels, no image is robust")
         return is_clean(self.images) & is_kept(self.images)
 
