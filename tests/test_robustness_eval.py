@@ -13,6 +13,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from fabricated import write_training
 
 from kaf_study import datasets
 from kaf_study.records import read_results
@@ -59,7 +60,7 @@ def folder(tmp_path):
     folder = tmp_path / "models" / "net"
     folder.mkdir(parents=True)
     linear().save(folder / "model.keras")
-    (folder / "training.json").write_text(json.dumps({"dataset": "digits"}))
+    write_training(folder)
     return folder
 
 

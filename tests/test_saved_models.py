@@ -1,6 +1,5 @@
 """Any saved classifier opens as one thing; what cannot be trusted is refused with the reason."""
 
-import json
 import stat
 import zipfile
 
@@ -8,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from fabricated import write_training
 
 from kaf_study import InputError, saved_models
 from kaf_study.attacks.classifier import CompiledClassifier
@@ -40,7 +40,7 @@ def saved(tmp_path):
     places["folder"] = tmp_path / "trained"
     places["folder"].mkdir()
     model.save(places["folder"] / "model.keras")
-    (places["folder"] / "training.json").write_text(json.dumps({"dataset": "digits"}))
+    write_training(places["folder"])
     for form in ("keras", "saved model", "folder"):
         places[f"zip of {form}"] = pack(tmp_path / f"{form} packed.zip", places[form])
     return places, model

@@ -51,13 +51,14 @@ from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.loop import BatchAttack, Run, check_perturbation
 from kaf_study.attacks.registry import MOST_IMAGES_TOGETHER, AttackSettings, check_count
 from kaf_study.datasets import fingerprint
+from kaf_study.files import locked
 from kaf_study.records import (
     FORMAT,
     Evaluation,
+    counted,
     hardware,
     make_writable,
     read_results,
-    standard_error,
     versions,
     write_atomically,
 )
@@ -423,27 +424,6 @@ def _members(settings: AttackSettings, result: Evaluation, state: _State) -> lis
     return rows
 
 
-def _counted(result: Evaluation, labels: str) -> dict:
-    """The figures of an evaluation; those of predicted labels are named so."""
-    n, is_clean = len(result.images), np.asarray(result.is_clean)
-    is_kept = (result.images["label"] == result.images["adversarial_prediction"]).to_numpy()
-    clean = {
-        "clean_accuracy": float(is_clean.mean()),
-        "clean_standard_error": standard_error(is_clean.mean(), n),
-    }
-    if labels == "true":
-        robust = float(np.mean(result.is_robust))
-        return clean | {
-            "robust_accuracy": robust,
-            "robust_standard_error": standard_error(robust, n),
-        }
-    return clean | {
-        "accuracy_under_attack_predicted_labels": float(is_kept.mean()),
-        "standard_error_predicted_labels": standard_error(is_kept.mean(), n),
-        "pushed_onto_true_class_predicted_labels": int((~is_clean & is_kept).sum()),
-    }
-
-
 def _summary(
     settings: AttackSettings,
     result: Evaluation,
@@ -473,8 +453,7 @@ def _summary(
         "labels": settings.labels,
         "how_counted": HOW_COUNTED[settings.labels],
         "dataset": {"name": subject.dataset, "split": "test", "fingerprint": data},
-        "n": n,
-        **_counted(result, settings.labels),
+        **counted(result.images, settings.labels),
         "seed": settings.seed,
         "versions": versions(),
         "hardware": hardware(),
@@ -530,26 +509,28 @@ def evaluate_saved(
         _refuse_other(path, kept.summary, opened, settings, fingerprint(x, y))
         attacked = path.with_suffix(".npz")
         if not keep_images or attacked.exists():
+            partial.unlink(missing_ok=True)  # of a run that was killed just after it had finished
             say(f"finished before, read from {path} (--force to repeat)")
             return replace(kept, x_adv=read_adversarial(attacked)) if keep_images else kept
         say("finished before without its images; attacked again for them")
     subject = Subject(images.dataset, images.classes, opened.name, opened.sha256)
-    try:
-        result = evaluate(
-            opened.model,
-            x,
-            y,
-            settings,
-            subject=subject,
-            execution=replace(execution, partial=partial, say=say),
-        )
-    except InputError as error:
-        raise InputError(f"{str(opened.path)!r}: {error}") from None
-    if result.summary["outputs"] != LOGITS:
-        say(f"ends in a softmax; attacked {_ATTACKED[result.summary['outputs']]}")
-    path.with_suffix(".npz").unlink(missing_ok=True)  # attacked images of an earlier result
-    result.write(directory)
-    partial.unlink(missing_ok=True)
+    with locked(directory / f".{path.stem}.lock"):
+        try:
+            result = evaluate(
+                opened.model,
+                x,
+                y,
+                settings,
+                subject=subject,
+                execution=replace(execution, partial=partial, say=say),
+            )
+        except InputError as error:
+            raise InputError(f"{str(opened.path)!r}: {error}") from None
+        if result.summary["outputs"] != LOGITS:
+            say(f"ends in a softmax; attacked {_ATTACKED[result.summary['outputs']]}")
+        path.with_suffix(".npz").unlink(missing_ok=True)  # attacked images of an earlier result
+        result.write(directory)
+        partial.unlink(missing_ok=True)
     return result
 
 

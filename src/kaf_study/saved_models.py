@@ -11,7 +11,6 @@ that are probabilities are therefore turned back into logits (`logits_of`), and 
 
 import hashlib
 import importlib
-import json
 import shutil
 import stat
 import tempfile
@@ -27,6 +26,9 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 from kaf_study import InputError
+from kaf_study.files import file_sha256
+from kaf_study.model_folder import ModelFolder
+from kaf_study.records import read_training
 
 KINDS = "a model folder, a .keras or .h5 file, a SavedModel folder, or a .zip of one of these"
 
@@ -58,9 +60,7 @@ class LoadedModel:
     @property
     def dataset(self):
         """The data set named by the training record, or None."""
-        record = self.training or {}
-        named = record.get("dataset") or record.get("settings", {}).get("dataset")
-        return named.get("name") if isinstance(named, dict) else named
+        return self.training and self.training["settings"]["dataset"]
 
 
 @contextmanager
@@ -95,14 +95,8 @@ def _load(path, name):
 
 
 def _training_record(folder):
-    file = folder / "training.json"
-    if not file.is_file():
-        return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{str(file)!r} is not JSON ({_first_line(error)}); train again") from None
-    return record if isinstance(record, dict) else None
+    record = ModelFolder(folder).record
+    return read_training(record) if record.exists() else None
 
 
 # --------------------------------------------------------------------------- Keras files
@@ -343,11 +337,6 @@ def _only_model_in(folder, archive):
         f"{str(archive)!r} holds no model, or several; pack one model folder, .keras or .h5 file, "
         "or SavedModel folder"
     )
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_sha256(folder):
