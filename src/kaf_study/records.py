@@ -70,6 +70,16 @@ class Evaluation:
     def stem(self):
         return self.summary["name"]
 
+    @property
+    def is_clean(self) -> pd.Series:
+        """Which images are classified correctly before the attack: bool, by position."""
+        return self.images["label"] == self.images["clean_prediction"]
+
+    @property
+    def is_robust(self) -> pd.Series:
+        """Which are so before and after it, under true labels: bool, by position."""
+        return self.is_clean & (self.images["label"] == self.images["adversarial_prediction"])
+
     def write(self, directory):
         """Write the .csv and then the .json (whose presence means: finished); return its path."""
         directory = Path(directory)
