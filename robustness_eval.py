@@ -247,7 +247,7 @@ def check(arguments):
             }
             path = folder / f"{stem}.json"
             write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
-            axes = sanity_checks.robustness_curve({model.name: report.curve})
+            axes = figures.robustness_curve({model.name: report.curve})
             figures.save(axes.figure, path.with_suffix(".png"))
             print(f"{path} and .png\n")
             passed &= report.passed
