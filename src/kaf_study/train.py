@@ -23,6 +23,7 @@ import tensorflow as tf
 from activationsf import ACTIVATIONS, AnnealKwta, activation
 from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe, fgsm_random_start
 from kaf_study import CommandParser, InputError
+from kaf_study.activations import STUDIED
 from kaf_study.architectures import build
 from kaf_study.datasets import DATASETS, batches, fingerprint, is_augmentable, load
 from kaf_study.fused_layers import fused
@@ -44,17 +45,6 @@ OPTIMIZERS = {
 }
 INITIALIZERS = ("glorot_uniform", "he_normal", "he_uniform")
 
-# (lr_min, lr_max) that the thesis found for the VGG-like network by range tests
-THESIS_VGG_BOUNDS = {
-    "relu": (0.0001, 0.08),
-    "elu": (0.0001, 0.1),
-    "swish": (0.0001, 0.3),
-    "kaf": (0.01, 1.0),
-    "kaf_elu": (0.0001, 0.1),
-    "kaf_swish": (0.0001, 0.8),
-    "kaf_free": (0.01, 2.0),
-}
-
 
 def recipe(name, architecture, activation):
     """Optimiser settings: "fast" (few epochs; momentum), "thesis" (SGD without), or "adam".
@@ -74,7 +64,7 @@ def recipe(name, architecture, activation):
     if name == "thesis":
         lr_min, lr_max = 0.01, 0.8
         if architecture == "vgg":
-            lr_min, lr_max = THESIS_VGG_BOUNDS.get(activation, (0.0001, 0.1))
+            lr_min, lr_max = STUDIED[activation].thesis_vgg_bounds or (0.0001, 0.1)
         rates = {"lr_min": lr_min, "lr_max": lr_max}
         return common | rates | {"optimizer": "sgd", "momentum": 0.0, "l2": 5e-4}
     if name == "fast":
