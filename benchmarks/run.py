@@ -25,7 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 
 from kaf_study import CommandParser, InputError
-from kaf_study.figures import put_table_into
+from kaf_study.cards import put_table_into
 from kaf_study.records import hardware, make_writable, versions, write_atomically
 
 HERE = Path(__file__).resolve().parent

@@ -12,10 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from fabricated import result, training_record, write_training
 
-from kaf_study import InputError
-from kaf_study import compare as comparison
+from kaf_study import InputError, compare
 from kaf_study.attacks.registry import AttackSettings
+from kaf_study.cards import conclusion, markdown_table
 from kaf_study.records import read_results
+from kaf_study.tables import against, model_table, paired_tests
 
 N = 100
 
@@ -57,35 +58,21 @@ def models(tmp_path):
     plt.close("all")
 
 
-def test_discordant_pairs_are_counted_and_tested_as_by_hand(models):
-    pairs = comparison.paired(comparison.comparison(read_results(models)), "net_swish")
-    relu = pairs.set_index("model").loc["net_relu"]
-    assert (relu["reference"], relu["only_model"], relu["only_reference"]) == ("net_swish", 10, 20)
-    # Exact McNemar: twice the chance of at most 10 heads among 30 tosses.
-    heads = [1.0]
-    for k in range(10):
-        heads.append(heads[-1] * (30 - k) / (k + 1))
-    assert relu["p"] == pytest.approx(2 * sum(heads) / 2**30)
-    assert relu["robust_difference"] == pytest.approx(-0.10)
-    margin = 1.96 * np.sqrt(30 - 100 / 100) / 100
-    assert (relu["low"], relu["high"]) == pytest.approx((-0.1 - margin, -0.1 + margin))
-    assert (relu["clean_difference"], relu["clean_p"]) == (0, 1)
-
-
-def test_clean_accuracy_is_tested_on_its_own(models):
-    """10 images more are right under a better model, none fewer: p = 2 / 2^10."""
-    add_result(add_model(models, "elu"), range(10, 60), correct=100)
-    pairs = comparison.paired(comparison.comparison(read_results(models)), "net_swish")
-    elu = pairs.set_index("model").loc["net_elu"]
-    assert elu["clean_difference"] == pytest.approx(0.10) and elu["robust_difference"] == 0
-    assert elu["clean_p"] == pytest.approx(2 / 2**10)
-    assert elu["clean_p_holm"] == pytest.approx(3 * elu["clean_p"])
-    assert "On the clean images: more accurate: net_elu;" in comparison.conclusion(pairs)
+def test_rows_are_matched_by_index(models):
+    before = against("net_swish", model_table(read_results(models)))
+    path = models / "net_kaf" / "robustness" / "pgd-50-10-true-n100.csv"
+    rows = pd.read_csv(path)
+    rows[::-1].to_csv(path, index=False)
+    after = against("net_swish", model_table(read_results(models)))
+    pd.testing.assert_frame_equal(before, after)
+    assert (
+        after["only_model"].tolist() == [10, 10] and after["attack"].tolist() == ["PGD-50-10"] * 2
+    )
 
 
 def pairs_of(root):
     """{(model, reference)} of all paired tests of the results below a folder."""
-    tests = comparison.comparisons(comparison.comparison(read_results(root)))
+    tests = paired_tests(model_table(read_results(root)))
     return {pair for test in tests for pair in zip(test["model"], test["reference"], strict=True)}
 
 
@@ -111,8 +98,8 @@ def test_models_of_another_architecture_are_tested_among_themselves(models):
         folder = folder.rename(folder.with_name(f"light_{activation}"))
         add_result(folder, range(5))
     assert pairs_of(models) == before | {("light_kaf", "light_relu")}
-    table = comparison.comparison(read_results(models))
-    (kaf,) = comparison.comparisons(table, ["light_kaf"])  # asked for by name: with all others
+    table = model_table(read_results(models))
+    (kaf,) = paired_tests(table, ["light_kaf"])  # asked for by name: with all others
     assert len(kaf) == 4
 
 
@@ -128,7 +115,7 @@ def test_results_of_other_radii_and_steps_are_not_put_beside(models):
         add_result(models / f"net_{activation}", range(80), attack="suite", epsilon=2 / 255)
         add_result(models / f"net_{activation}", range(70), labels="predicted", steps=7)
     add_result(models / "net_relu", range(30), attack="suite")
-    table = comparison.comparison(read_results(models)).set_index("activation")
+    table = model_table(read_results(models)).set_index("activation")
     assert table.loc["relu", "suite"] == 0.3 and table.loc[["swish", "kaf"], "suite"].isna().all()
     assert table.loc["relu", "pgd_predicted"] == pytest.approx(0.5)
 
@@ -136,7 +123,7 @@ def test_results_of_other_radii_and_steps_are_not_put_beside(models):
 def test_clean_accuracy_is_of_one_number_of_images(models):
     shutil.rmtree(models / "net_kaf" / "robustness")
     add_result(models / "net_kaf", range(10), attack="suite", n=50)
-    table = comparison.comparison(read_results(models)).set_index("activation")
+    table = model_table(read_results(models)).set_index("activation")
     assert np.isnan(table.loc["kaf", "clean_accuracy"]) and table.loc["kaf", "suite"] == 0.2
     assert table.loc["relu", "clean_accuracy"] == 0.9
 
@@ -145,7 +132,7 @@ def test_published_figures_stand_beside_their_data_set_only(models):
     record = json.loads((models / "net_kaf" / "training.json").read_text())
     record["settings"]["dataset"] = "digits"
     (models / "net_kaf" / "training.json").write_text(json.dumps(record))
-    table = comparison.comparison(read_results(models)).set_index("activation")
+    table = model_table(read_results(models)).set_index("activation")
     assert np.isnan(table.loc["kaf", "published_accuracy"])
     assert table.loc["relu", "published_accuracy"] == 0.7752
 
@@ -154,12 +141,12 @@ def test_two_results_of_one_name_are_refused(models, capsys):
     robustness = models / "net_kaf" / "robustness"
     for kind in ("json", "csv"):
         shutil.copy(robustness / f"pgd-50-10-true-n100.{kind}", robustness / f"copy.{kind}")
-    assert comparison.main([str(models)]) == 2
+    assert compare.main([str(models)]) == 2
     assert "copy.json" in capsys.readouterr().err
     for kind in ("json", "csv"):
         (robustness / f"copy.{kind}").unlink()
     shutil.copytree(models / "net_kaf", models / "again" / "net_kaf")
-    assert comparison.main([str(models)]) == 2
+    assert compare.main([str(models)]) == 2
     error = capsys.readouterr().err
     assert "both claim to be 'net_kaf'" in error and error.count("\n") == 1
 
@@ -169,42 +156,25 @@ def test_a_file_given_twice_counts_once(models, monkeypatch):
     assert len(read_results(".", models, models / "net_kaf")) == len(read_results(models))
 
 
-def test_swapping_the_reference_flips_the_sign(models):
-    table = comparison.comparison(read_results(models))
-    one = comparison.paired(table, "net_kaf").set_index("model").loc["net_relu"]
-    other = comparison.paired(table, "net_relu").set_index("model").loc["net_kaf"]
-    assert one["robust_difference"] == -other["robust_difference"] == pytest.approx(-0.02)
-    assert (one["only_model"], one["only_reference"]) == (0, 2)
-    assert one["p"] == other["p"] == 0.5
-
-
 def test_the_suite_is_tested_on_its_own_results(models, capsys):
     """ReLU stands alone on 5 images, Swish on 10; under PGD on 10 and 20."""
-    assert comparison.main([str(models), "--attack", "suite"]) == 2
+    assert compare.main([str(models), "--attack", "suite"]) == 2
     error = capsys.readouterr().err
     assert "--attack suite needs results of two models" in error and error.count("\n") == 1
     add_result(models / "net_relu", range(20), attack="suite")
     add_result(models / "net_swish", range(5, 30), attack="suite")
-    assert comparison.main([str(models), "--attack", "suite"]) == 0
+    assert compare.main([str(models), "--attack", "suite"]) == 0
     text = capsys.readouterr().out
     assert "5 / 10" in text and "10 / 20" not in text and "with net_swish, under the suite" in text
-    assert comparison.main([str(models)]) == 0
+    assert compare.main([str(models)]) == 0
     text = capsys.readouterr().out
     assert "10 / 20" in text and "with net_swish, under PGD-50-10" in text
-
-
-def test_holm_corrects_as_by_hand():
-    np.testing.assert_allclose(comparison.holm([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
-    np.testing.assert_allclose(comparison.holm([0.9, 0.8]), [1, 1])
-    assert comparison.mcnemar(0, 0) == 1
 
 
 def test_conclusion_names_what_is_told_apart(models):
     far = add_model(models, "elu")
     add_result(far, [])
-    text = comparison.conclusion(
-        comparison.paired(comparison.comparison(read_results(models)), "net_swish")
-    )
+    text = conclusion(against("net_swish", model_table(read_results(models))))
     assert "3 comparisons with net_swish, under PGD-50-10: less robust: net_elu;" in text
     assert "not told apart: net_relu, net_kaf. On the clean images: not told apart:" in text
     assert "100 images" in text
@@ -212,9 +182,9 @@ def test_conclusion_names_what_is_told_apart(models):
 
 def test_table_has_all_protocols_in_one_row_in_order_of_activations(models):
     add_result(models / "net_swish", range(10, 50), attack="suite")
-    table = comparison.comparison(read_results(models))
+    table = model_table(read_results(models))
     assert list(table["activation"]) == ["relu", "swish", "kaf"]
-    lines = comparison.markdown_table(table).splitlines()
+    lines = markdown_table(table).splitlines()
     assert lines[0] == (
         "| model | clean | PGD-50-10, true labels | PGD-50-10, predicted labels* | suite | "
         "published clean | published robust* | s per epoch | epochs | parameters |"
@@ -229,7 +199,7 @@ def test_table_has_all_protocols_in_one_row_in_order_of_activations(models):
 def test_protocols_do_not_mix(models):
     """One model has more images as well: the protocol that all have is taken."""
     add_result(models / "net_kaf", range(500), correct=900, n=1000)
-    table = comparison.comparison(read_results(models))
+    table = model_table(read_results(models))
     assert table.attrs["n"] == {"pgd_true": N, "pgd_predicted": N}
     assert table.set_index("model").loc["net_kaf", "pgd_true"] == 0.42
 
@@ -237,18 +207,18 @@ def test_protocols_do_not_mix(models):
 def test_different_images_are_refused(models):
     add_result(models / "net_kaf", range(42), fingerprint="others")
     with pytest.raises(InputError, match="net_kaf and net_swish were attacked on different images"):
-        comparison.paired(comparison.comparison(read_results(models)), "net_swish")
+        against("net_swish", model_table(read_results(models)))
 
 
 def test_results_of_other_weights_are_refused(models, capsys):
     add_result(models / "net_kaf", range(42), sha="other")
-    assert comparison.main([str(models)]) == 2
+    assert compare.main([str(models)]) == 2
     error = capsys.readouterr().err
     assert "made with other weights" in error and error.count("\n") == 1
 
 
 def test_console_markdown_and_csv_agree(models, tmp_path, capsys):
-    assert comparison.main([str(models), "--out", str(tmp_path / "out")]) == 0
+    assert compare.main([str(models), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     written = (tmp_path / "out" / "comparison.md").read_text()
     rows = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("model")
@@ -277,11 +247,11 @@ def test_blocks_go_between_their_markers_and_nowhere_else(models, tmp_path, caps
     shutil.rmtree(models / "not_attacked" / "robustness")
     cards = tmp_path / "cards.md"
     command = [str(models), "--into", str(readme), "--cards", str(cards)]
-    assert comparison.main(command) == 0
+    assert compare.main(command) == 0
     once = readme.read_text()
     assert once.startswith("a\n<!-- table -->\n| model |") and "stale" not in once
     assert "\nb\n<!-- paired -->\n| against net_swish |" in once and once.endswith("-->\nc\n")
-    assert comparison.main(command) == 0 and readme.read_text() == once
+    assert compare.main(command) == 0 and readme.read_text() == once
     assert "| net_kaf | resnet20 | KAF | cifar10 | 8/255 | 90.0 | 42.0 | – |" in cards.read_text()
     assert "| not_attacked | resnet20 | ReLU | cifar10 | 8/255 | – | – | – |" in cards.read_text()
     assert "not_attacked" not in once
@@ -289,7 +259,7 @@ def test_blocks_go_between_their_markers_and_nowhere_else(models, tmp_path, caps
     record = json.loads((models / "net_kaf" / "training.json").read_text())
     record["settings"]["lr_max"] = 0.05
     (models / "net_kaf" / "training.json").write_text(json.dumps(record))
-    assert comparison.main(command) == 0
+    assert compare.main(command) == 0
     assert "net_kaf was trained with lr_max 0.05, the others with None." in cards.read_text()
 
 
@@ -308,6 +278,6 @@ def test_what_is_wrong_is_said_in_one_line(models, capsys, arguments, message):
     root = models.parent
     (root / "empty").mkdir()
     (root / "text.md").write_text("no markers")
-    assert comparison.main([a.format(root=root) for a in arguments]) == 2
+    assert compare.main([a.format(root=root) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

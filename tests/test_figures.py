@@ -15,14 +15,13 @@ from matplotlib.colors import to_hex
 
 from activationsf import ACTIVATIONS, Kaf
 from kaf_study import InputError, figures
+from kaf_study.activations import ACTIVATION_COLORS, ACTIVATION_LABELS, STUDIED, activation_of
 from kaf_study.attacks.registry import AttackSettings
-from kaf_study.model_folder import (
-    ACTIVATION_LABELS,
-    COPIES,
-    model_labels,
-    trained_models,
-)
-from kaf_study.records import read_results
+from kaf_study.figures import __main__ as command
+from kaf_study.figures.kafs import activation_values, kaf_layers
+from kaf_study.figures.style import common_training
+from kaf_study.model_folder import COPIES, model_labels, trained_models
+from kaf_study.records import Evaluation, read_results
 
 CLEAN = {"relu": 0.77, "swish": 0.79, "kaf": 0.78}
 ROBUST = {"relu": 0.36, "swish": 0.41, "kaf": 0.39}
@@ -66,18 +65,17 @@ def points(ax):
 
 
 def test_every_activation_has_its_own_color_and_label():
-    assert set(figures.ACTIVATION_COLORS) == set(ACTIVATION_LABELS) == set(ACTIVATIONS)
-    assert len(set(figures.ACTIVATION_COLORS.values())) == len(ACTIVATIONS)
+    assert set(ACTIVATIONS) <= set(STUDIED)
+    assert len(set(ACTIVATION_COLORS.values())) == len(set(ACTIVATION_LABELS.values()))
+    assert len(set(ACTIVATION_COLORS.values())) == len(STUDIED)
     for name, label in ACTIVATION_LABELS.items():
-        assert figures.activation_of(label) == figures.activation_of(f"{label}, seed 1") == name
+        assert activation_of(label) == activation_of(f"{label}, seed 1") == name
 
 
 def test_scatter_places_each_model_at_clean_and_robust_percent(models):
     ax = figures.accuracy_robustness_scatter(read_results(models))
     drawn = points(ax)
-    expected = {
-        (100 * CLEAN[a], 100 * ROBUST[a]): figures.ACTIVATION_COLORS[a].lower() for a in CLEAN
-    }
+    expected = {(100 * CLEAN[a], 100 * ROBUST[a]): ACTIVATION_COLORS[a].lower() for a in CLEAN}
     assert {place: color for place, (color, _) in drawn.items()} == pytest.approx(expected)
     assert drawn[77.0, 36.0][1] == "d" and drawn[78.0, 39.0][1] == "P"
     texts = [text.get_text() for text in ax.texts]
@@ -96,12 +94,13 @@ def test_error_bars_are_one_standard_error_in_each_direction(models):
 
 
 def test_labels_do_not_cover_each_other(tmp_path):
-    for i, activation in enumerate(figures.ACTIVATION_COLORS):
+    activations = [name for name, row in STUDIED.items() if row.published or name == "kwta"]
+    for i, activation in enumerate(activations):
         make_model(tmp_path, activation, clean=0.78 + 0.001 * i, robust=0.4 + 0.002 * (i % 3))
     ax = figures.accuracy_robustness_scatter(read_results(tmp_path))
-    names = ACTIVATION_LABELS.values()
+    names = [ACTIVATION_LABELS[name] for name in activations]
     boxes = [t.get_window_extent() for t in ax.texts if t.get_text() in names]
-    assert len(boxes) == len(names)
+    assert len(boxes) == len(names) == 9
     overlapping = [a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]]
     assert not any(overlapping)
     plt.close("all")
@@ -145,10 +144,31 @@ def test_training_curves_show_every_model_in_its_color(models):
     figure = figures.training_curves(histories)
     loss, clean, *_ = figure.axes
     assert [line.get_color() for line in loss.lines] == [
-        figures.ACTIVATION_COLORS[name] for name in ("relu", "swish", "kaf")
+        ACTIVATION_COLORS[name] for name in ("relu", "swish", "kaf")
     ]
     np.testing.assert_allclose(clean.lines[0].get_ydata(), [10, 20, 30])
     np.testing.assert_array_equal(clean.lines[0].get_xdata(), [1, 2, 3])
+
+
+def test_lines_labelled_by_folder_have_the_color_of_their_activation(models):
+    (kaf,) = trained_models(models / "cifar10_resnet20_kaf_seed0")
+    name = kaf.folder.name
+    curve = pd.Series([1.0, 2.0], [1, 2])
+    accuracy = {"eps": [0, 8], "accuracy": [0.8, 0.4], "n": 100}
+    points = pd.DataFrame({"x": 0.5, "low": 0.4, "high": 0.6, "y": 0.4, "error": 0.1}, [name])
+    steps = pd.DataFrame({"step": range(3), "loss": 2.0, "gradient_norm": 1.0})
+    drawn = [
+        figures.training_curves({name: figures.Line(kaf.history, "kaf")}).axes[0],
+        figures.by_layer({name: figures.Line(curve, "kaf")}, ylabel="y"),
+        figures.robustness_curve({name: figures.Line(accuracy, "kaf")}),
+        figures.training_steps({name: figures.Line(steps, "kaf")}).axes[1],
+        figures.movement_and_robustness(points.assign(activation="kaf"), xlabel="x"),
+    ]
+    assert {to_hex(ax.lines[0].get_color()) for ax in drawn} == {ACTIVATION_COLORS["kaf"].lower()}
+    for ax in drawn:
+        assert ax.get_legend_handles_labels()[1] == [name]
+    plain = figures.by_layer({name: curve}, ylabel="y")  # whose activation nobody said
+    assert to_hex(plain.lines[0].get_color()) not in map(str.lower, ACTIVATION_COLORS.values())
 
 
 def test_curves_name_the_loss_of_their_kind_of_training(models, tmp_path):
@@ -163,8 +183,8 @@ def test_curves_name_the_loss_of_their_kind_of_training(models, tmp_path):
         folders = [models / f"cifar10_resnet20_{activation}_seed0" for activation in epsilons]
         seen = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(figures, "save", lambda figure, path: seen.append(figure))
-            assert figures.main(["curves", *map(str, folders), "--out", "unused.png"]) == 0
+            patch.setattr(command, "save", lambda figure, path: seen.append(figure))
+            assert command.main(["curves", *map(str, folders), "--out", "unused.png"]) == 0
         (figure,) = seen
         return figure.axes[0].get_ylabel(), figure.get_suptitle()
 
@@ -201,7 +221,7 @@ def test_what_is_not_finite_stands_above_all_lines_and_says_whose_it_is(log):
 
 def test_a_figure_that_cannot_be_written_is_said_in_one_line(models, tmp_path, capsys):
     (tmp_path / "d.png").mkdir()
-    assert figures.main(["curves", str(models), "--out", str(tmp_path / "d.png")]) == 2
+    assert command.main(["curves", str(models), "--out", str(tmp_path / "d.png")]) == 2
     error = capsys.readouterr().err
     assert "cannot write" in error and error.count("\n") == 1
 
@@ -216,8 +236,8 @@ def kaf_model(**kwargs):
 
 def test_kaf_shapes_draws_the_function_of_every_layer_over_its_start():
     model = kaf_model(ridge="elu")
-    layer = figures.kaf_layers(model)[0]
-    start = figures.kaf_values(layer, np.linspace(-4, 4, 201))
+    layer = kaf_layers(model)[0]
+    start = activation_values(layer, np.linspace(-4, 4, 201))
     layer.alpha.assign(2 * layer.alpha)
     figure = figures.kaf_shapes(model)
     panels = [ax for ax in figure.axes if ax.get_title()]
@@ -225,7 +245,7 @@ def test_kaf_shapes_draws_the_function_of_every_layer_over_its_start():
     _, *trained, begun = panels[0].lines
     for channel, line in enumerate(trained):
         np.testing.assert_allclose(line.get_ydata(), 2 * start[:, channel], rtol=1e-5, atol=1e-6)
-        assert line.get_color() == figures.ACTIVATION_COLORS["kaf_elu"]
+        assert line.get_color() == ACTIVATION_COLORS["kaf_elu"]
     np.testing.assert_allclose(begun.get_ydata(), start[:, 0], rtol=1e-5, atol=1e-6)
     plt.close(figure)
 
@@ -244,9 +264,7 @@ def test_shapes_of_several_models_stand_in_rows_over_their_own_starts():
     ridge, random = figure.axes
     assert [ax.get_ylabel() for ax in figure.axes] == ["kaf_elu", "kaf"]
     assert (len(ridge.lines), len(random.lines)) == (1 + 2 + 1, 1 + 2 + 2)  # with y = 0
-    trained = figures.kaf_values(
-        figures.kaf_layers(models["kaf"][0])[0], random.lines[1].get_xdata()
-    )
+    trained = activation_values(kaf_layers(models["kaf"][0])[0], random.lines[1].get_xdata())
     np.testing.assert_allclose(random.lines[1].get_ydata(), trained[:, 0], rtol=1e-5, atol=1e-6)
     shallower = keras.Sequential([keras.Input((2,)), Kaf()])
     with pytest.raises(InputError, match="same number of Kaf layers"):
@@ -269,13 +287,13 @@ def test_models_that_differ_in_nothing_named_are_named_by_their_folders(tmp_path
 
 def test_titles_say_what_the_models_were_trained_on(models):
     one, *_ = trained_models(models)
-    assert figures._what([one]) == "ResNet20 on CIFAR-10 (3 epochs of fast adversarial training)"
+    assert common_training([one]) == "ResNet20 on CIFAR-10 (3 epochs of fast adversarial training)"
     (copy,) = COPIES
     one.record["dataset"] = {"validation_fingerprint": copy}
     one.settings["epsilon"] = 0.0
     ordinary = "ResNet20 on a JPEG copy of CIFAR-10 (3 epochs of ordinary training)"
-    assert figures._what([one]) == ordinary
-    assert figures._what(trained_models(models)).startswith("ResNet20 on CIFAR-10")
+    assert common_training([one]) == ordinary
+    assert common_training(trained_models(models)).startswith("ResNet20 on CIFAR-10")
 
 
 def test_survival_curves_recount_the_rows():
@@ -288,7 +306,8 @@ def test_survival_curves_recount_the_rows():
             "iteration": pd.array([0, 3, 2, None, None], dtype="Int64"),
         }
     )
-    first, second = figures.survival_curves(images, steps=4, restarts=2).axes
+    result = Evaluation(images, {"attack": {"steps": 4, "restarts": 2}})
+    first, second = figures.survival_curves(result).axes
     np.testing.assert_allclose(first.lines[0].get_ydata(), [60, 60, 60, 40, 40])
     np.testing.assert_allclose(second.lines[0].get_ydata(), [80, 40, 20])
 
@@ -339,7 +358,7 @@ def test_examples_show_what_the_model_said_and_how_sure_it_was():
 def test_command_says_in_one_line_what_is_wrong(models, capsys, arguments, message):
     root = models.parent
     (root / "empty").mkdir()
-    assert figures.main([a.format(root=root) for a in arguments]) == 2
+    assert command.main([a.format(root=root) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -347,5 +366,5 @@ def test_command_says_in_one_line_what_is_wrong(models, capsys, arguments, messa
 def test_command_writes_png_files(models, tmp_path):
     for name in ("scatter", "curves"):
         out = tmp_path / "new" / f"{name}.png"
-        assert figures.main([name, str(models), "--out", str(out)]) == 0
+        assert command.main([name, str(models), "--out", str(out)]) == 0
         assert out.read_bytes().startswith(b"\x89PNG")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kaf_study import compare as comparison
+from kaf_study import compare
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ def test_tables_are_those_of_the_result_files(tmp_path):
     copy.write_text(README, encoding="utf-8")
     cards = tmp_path / "cards.md"
     arguments = [str(ROOT / "models"), "--into", str(copy), "--cards", str(cards)]
-    assert comparison.main(arguments) == 0
+    assert compare.main(arguments) == 0
     assert cards.read_text() == (ROOT / "models" / "README.md").read_text(encoding="utf-8")
     command = [sys.executable, ROOT / "benchmarks" / "run.py", "table", "--into", copy]
     subprocess.run(command, check=True)

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 from activationsf import activation
-from kaf_study import InputError
-from kaf_study.sanity_checks import NOT_RUN, RADII, check_model, robustness_curve
+from kaf_study import InputError, figures
+from kaf_study.sanity_checks import NOT_RUN, RADII, check_model
 
 matplotlib.use("Agg")
 SHAPE, CLASSES, N = (8, 8, 3), 5, 50
@@ -150,7 +150,7 @@ def test_linear_model_passes_at_its_known_accuracy(data):
 def test_report_goes_into_json_and_a_figure(relu_report):
     kept = json.loads(json.dumps(relu_report.as_dict()))
     assert kept["passed"] is True and len(kept["checks"]) == len(relu_report.checks)
-    ax = robustness_curve({"ReLU": relu_report.curve})
+    ax = figures.robustness_curve({"ReLU": relu_report.curve})
     line = ax.lines[0]
     np.testing.assert_allclose(line.get_ydata(), 100 * np.array(relu_report.curve["accuracy"]))
     assert "255ths" in ax.get_xlabel() and "%" in ax.get_ylabel()

@@ -263,7 +263,7 @@ def save_report(report, model, images, settings: AttackSettings, folder: Path) -
     Args:
         model, images: the `LoadedModel` and the `ImageSet` that were checked.
     """
-    from kaf_study import figures, sanity_checks
+    from kaf_study import figures
 
     record = {
         "format": "checks-1",
@@ -285,7 +285,7 @@ def save_report(report, model, images, settings: AttackSettings, folder: Path) -
     stem = settings.stem(len(images.x), images.dataset).replace("pgd", "checks", 1)
     path = folder / f"{stem}.json"
     write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
-    axes = sanity_checks.robustness_curve({model.name: report.curve})
+    axes = figures.robustness_curve({model.name: report.curve})
     figures.save(axes.figure, path.with_suffix(".png"))
     return path
 

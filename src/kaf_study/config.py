@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from kaf_study import CommandParser, InputError
-from kaf_study.activations import ACTIVATION_LABELS
+from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 
 OPTIMIZERS = ("sgd", "adam")
 INITIALIZERS = ("glorot_uniform", "he_normal", "he_uniform")
@@ -24,17 +24,6 @@ COUNTS = {
     "kwta_anneal_from": (0, 1_000),
     "kwta_anneal_every": (1, 1_000),
     "seed": (0, 2**31 - 1),
-}
-
-# (lr_min, lr_max) that the thesis found for the VGG-like network by range tests
-THESIS_VGG_BOUNDS = {
-    "relu": (0.0001, 0.08),
-    "elu": (0.0001, 0.1),
-    "swish": (0.0001, 0.3),
-    "kaf": (0.01, 1.0),
-    "kaf_elu": (0.0001, 0.1),
-    "kaf_swish": (0.0001, 0.8),
-    "kaf_free": (0.01, 2.0),
 }
 
 
@@ -56,7 +45,7 @@ def recipe(name: str, architecture: str, activation: str) -> dict[str, Any]:
     if name == "thesis":
         lr_min, lr_max = 0.01, 0.8
         if architecture == "vgg":
-            lr_min, lr_max = THESIS_VGG_BOUNDS.get(activation, (0.0001, 0.1))
+            lr_min, lr_max = STUDIED[activation].thesis_vgg_bounds or (0.0001, 0.1)
         rates = {"lr_min": lr_min, "lr_max": lr_max}
         return common | rates | {"optimizer": "sgd", "momentum": 0.0, "l2": 5e-4}
     if name == "fast":

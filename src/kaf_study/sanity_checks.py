@@ -419,38 +419,3 @@ def transfers(runs, transferred):
     return [
         as_strong_as(runs, f"transfer from {name}", stands) for name, stands in transferred.items()
     ]
-
-
-# --------------------------------------------------------------------------- the figure
-
-
-def robustness_curve(curves: dict[str, dict], ax=None):
-    """Robust accuracy against radius; curves {label: CheckReport.curve}; returns the axes."""
-    import matplotlib.pyplot as plt
-
-    from kaf_study.figures import color_of
-
-    if ax is None:
-        _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for label, curve in curves.items():
-        accuracy = np.array(curve["accuracy"])
-        error = np.sqrt(accuracy * (1 - accuracy) / curve["n"])
-        ax.errorbar(
-            curve["eps"],
-            100 * accuracy,
-            100 * error,
-            marker="o",
-            capsize=3,
-            color=color_of(label),
-            label=label,
-        )
-    ax.set_xscale("symlog", base=2, linthresh=1)
-    ax.set_xticks(RADII, [str(r) for r in RADII])
-    ax.set_ylim(0, None)
-    ax.set_xlabel("L-inf radius eps, in 255ths")
-    n = sorted({curve["n"] for curve in curves.values()})
-    ax.set_ylabel(f"robust accuracy, % of {', '.join(map(str, n))} images")
-    ax.set_title("PGD-20-1, step eps/4; bars: one standard error", fontsize=10)
-    ax.legend(frameon=False)
-    ax.grid(alpha=0.3)
-    return ax

@@ -1,0 +1,270 @@
+"""Generated text: tables of results, paired tests and model cards, for a terminal and in Markdown.
+
+Figures come from `tables`; here they get their words, and their place between two markers of a
+text. A table, as text, is {header: cells}.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from kaf_study import InputError
+from kaf_study.activations import ACTIVATION_LABELS
+from kaf_study.model_folder import DATASET_LABELS, TrainedModel, trained_models
+from kaf_study.paired import LEVEL
+from kaf_study.records import write_atomically
+from kaf_study.tables import KINDS, model_table, pgd_name
+
+Columns = Mapping[str, Sequence[str]]
+
+# --------------------------------------------------------------------------- the table of models
+
+
+def shown(table: pd.DataFrame) -> dict[str, list[str]]:
+    """A table of `tables.model_table` as text, percent with standard errors."""
+    chosen = table.attrs["chosen"]
+
+    def accuracy(column):
+        error = column.replace("_accuracy", "") + "_standard_error"
+        return [
+            "–" if pd.isna(v) else f"{100 * v:.1f} ± {100 * e:.1f}"
+            for v, e in zip(table[column], table[error], strict=True)
+        ]
+
+    def plain(column, pattern, factor=1):
+        return ["–" if pd.isna(v) else pattern.format(factor * v) for v in table[column]]
+
+    cells = {"model": list(table["model"]), "clean": accuracy("clean_accuracy")}
+    for kind, name in (("pgd_true", "true labels"), ("pgd_predicted", "predicted labels*")):
+        if kind in chosen:
+            cells[f"{pgd_name(chosen[kind])}, {name}"] = accuracy(kind)
+    if "suite" in chosen:
+        cells["suite"] = accuracy("suite")
+    if table["published_accuracy"].notna().any():
+        cells["published clean"] = plain("published_accuracy", "{:.2f}", 100)
+        cells["published robust*"] = plain("published_robustness", "{:.2f}", 100)
+    cells["s per epoch"] = plain("seconds_per_epoch", "{:.0f}")
+    cells["epochs"] = plain("epochs", "{:.0f}")
+    cells["parameters"] = plain("parameters", "{:,.0f}")
+    return cells
+
+
+def notes(
+    table: pd.DataFrame, kinds: Sequence[str] = tuple(KINDS), *, errors: bool = True
+) -> list[str]:
+    """What the figures of `kinds` in a table are, in sentences; errors: they stand beside them."""
+    chosen = table.attrs["chosen"]
+    n = {kind: size for kind, size in table.attrs["n"].items() if kind in kinds}
+    row = next(iter(chosen.values())).iloc[0]
+    step = chosen["pgd_true"].iloc[0]["alpha"] if "pgd_true" in chosen else None
+    counts = {"pgd_true": "PGD", "pgd_predicted": "PGD with predicted labels", "suite": "suite"}
+    sizes = ", ".join(f"{counts[kind]} {size:,}" for kind, size in n.items())
+    lines = [
+        f"Percent of the first test images of {_dataset(chosen)} (n: {sizes})"
+        + " ± one binomial standard error" * errors
+        + f"; L-inf, eps {255 * row['epsilon']:g}/255"
+        + (f", step {255 * step:g}/255" if step else "")
+        + ". PGD-S-R: S steps, R random restarts; the worst counts, image by image."
+    ]
+    if "suite" in n:
+        lines.append("Suite: apgd-ce, apgd-t, square, pgd, each on what the ones before left.")
+    if "pgd_predicted" in n:
+        lines.append(
+            "\\* Only for comparison with figures from attacks called without labels; not a "
+            "robust accuracy."
+        )
+    return lines
+
+
+def _dataset(chosen: Mapping[str, pd.DataFrame]) -> str:
+    rows = next(iter(chosen.values()))
+    name = rows["dataset"].iloc[0]
+    plain = DATASET_LABELS.get(name, name)
+    trained_on = {model.dataset_label for model in rows["training"] if model is not None}
+    copies = sorted(label for label in trained_on if label != plain and label.endswith(plain))
+    return copies[0] if copies else plain
+
+
+# --------------------------------------------------------------------------- paired tests
+
+
+def shown_pairs(pairs: pd.DataFrame) -> dict[str, list[str]]:
+    """Differences of `tables.against` as text, in points."""
+    return {
+        f"against {pairs['reference'].iloc[0]}": list(pairs["model"]),
+        "robust, points": [f"{100 * d:+.1f}" for d in pairs["robust_difference"]],
+        "95 %": [
+            f"{100 * a:+.1f} to {100 * b:+.1f}"
+            for a, b in zip(pairs["low"], pairs["high"], strict=True)
+        ],
+        "stand under this / the reference alone": [
+            f"{b} / {c}" for b, c in zip(pairs["only_model"], pairs["only_reference"], strict=True)
+        ],
+        "p (Holm)": [shown_p(p) for p in pairs["p_holm"]],
+        "clean, points": [f"{100 * d:+.1f}" for d in pairs["clean_difference"]],
+        "clean, p (Holm)": [shown_p(p) for p in pairs["clean_p_holm"]],
+    }
+
+
+def shown_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def conclusion(pairs: pd.DataFrame) -> str:
+    """Two sentences: what n images tell apart at 5 %, robust and clean, and what they do not."""
+    n, reference, attack = pairs[["n", "reference", "attack"]].iloc[0]
+    attack = "the suite" if attack == "suite" else attack
+    robust = _told_apart(pairs, "p_holm", "robust_difference", ("more robust", "less robust"))
+    clean = _told_apart(
+        pairs, "clean_p_holm", "clean_difference", ("more accurate", "less accurate")
+    )
+    return (
+        f"On {n:,} images, McNemar's exact test at {100 * LEVEL:.0f} % with Holm's correction for "
+        f"{len(pairs)} comparison{'s' * (len(pairs) > 1)} with {reference}, under {attack}: "
+        f"{robust}. On the clean images: {clean}."
+    )
+
+
+def _told_apart(pairs: pd.DataFrame, p: str, difference: str, words: tuple[str, str]) -> str:
+    apart = pairs[p] < LEVEL
+    parts = []
+    for is_above, word in zip((True, False), words, strict=True):
+        names = pairs["model"][apart & ((pairs[difference] > 0) == is_above)]
+        if len(names):
+            parts.append(f"{word}: {', '.join(names)}")
+    if not apart.all():
+        parts.append(f"not told apart: {', '.join(pairs['model'][~apart])}")
+    return "; ".join(parts)
+
+
+# --------------------------------------------------------------------------- model cards
+
+
+def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
+    """Markdown for models/README.md: one row per model; RobustBench's model_info keys where any.
+
+    Args:
+        results: of `read_results`.
+        folders: whose trained models are listed, also those without results of the protocol.
+    """
+    table = model_table(results)
+    rows_of = next(iter(table.attrs["chosen"].values()))
+    evaluated = {Path(row.folder).resolve(): row for row in table.itertuples()}
+    trained = {model.folder.resolve(): model for model in trained_models(*folders)}
+    rows = {}
+    for folder in trained | evaluated:
+        row, model = evaluated.get(folder), trained.get(folder)
+        rows[row.model if row else folder.name] = _card(row, model, rows_of.iloc[0])
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    columns = {"model": list(frame.index), **{c: list(frame[c]) for c in frame}}
+    return "\n".join(
+        [
+            "# Models",
+            "",
+            "Generated from `training.json` and the result files by",
+            "`python robustness_eval.py compare models --cards models/README.md`; do not edit.",
+            "",
+            markdown(columns),
+            "",
+            *notes(table, ("pgd_true", "suite"), errors=False),
+            "",
+            "pgd_acc and suite_acc: robust accuracy, true labels; not AutoAttack's.",
+            "A dash: not attacked in this way. train_eps 0/255: ordinary training.",
+            *exceptions(list(trained.values())),
+            "Keys follow RobustBench's model_info where it has one. sha256 is of `model.keras`.",
+            "",
+        ]
+    )
+
+
+def _card(row, model: TrainedModel | None, protocol: pd.Series) -> dict[str, object]:
+    """One model's row of the cards, from its row of the table and its folder, where it has them."""
+    settings = model.settings if model else {}
+    record = model.record if model else {"results": {}}
+    activation = row.activation if row else settings["activation"]
+    epochs, parameters = (record["results"].get(k) for k in ("epochs_trained", "parameters"))
+    sha256 = row.model_sha256 if row else record.get("model_sha256")
+
+    def percent(value):
+        return "–" if pd.isna(value) else f"{100 * value:.1f}"
+
+    return {
+        "architecture": settings.get("architecture", "–"),
+        "activation": ACTIVATION_LABELS.get(activation, activation or "–"),
+        "dataset": settings.get("dataset", protocol["dataset"]),
+        "eps": f"{255 * protocol['epsilon']:g}/255",
+        "clean_acc": percent(row.clean_accuracy if row else None),
+        "pgd_acc": percent(row.pgd_true if row else None),
+        "suite_acc": percent(row.suite if row else None),
+        "epochs": f"{epochs}" if epochs else "–",
+        "optimizer": settings.get("optimizer", "–"),
+        "lr_max": settings.get("lr_max", "–"),
+        "train_eps": f"{255 * settings['epsilon']:g}/255" if "epsilon" in settings else "–",
+        "seed": settings.get("seed", "–"),
+        "additional_data": "False",
+        "parameters": f"{parameters:,}" if parameters else "–",
+        "sha256": f"`{str(sha256)[:12]}`",
+    }
+
+
+def exceptions(models: Iterable[TrainedModel]) -> list[str]:
+    """Sentences on models trained with other settings than most of their kind.
+
+    A kind: one data set, architecture and radius. The activation is no exception, nor the seed.
+    """
+    kinds: dict[tuple, list[TrainedModel]] = {}
+    for model in models:
+        kind = tuple(model.settings.get(k) for k in ("dataset", "architecture", "epsilon"))
+        kinds.setdefault(kind, []).append(model)
+    sentences = []
+    for group in kinds.values():
+        for name in dict.fromkeys(name for model in group for name in model.settings):
+            if name in ("activation", "seed") or len(group) < 3:
+                continue
+            values = [model.settings.get(name) for model in group]
+            usual = max(values, key=values.count)
+            sentences += [
+                f"{model.folder.name} was trained with {name} {value}, the others with {usual}."
+                for model, value in zip(group, values, strict=True)
+                if value != usual
+            ]
+    return sentences
+
+
+# --------------------------------------------------------------------------- text
+
+
+def markdown(columns: Columns) -> str:
+    """A Markdown table; all but the first column to the right."""
+    lines = [list(columns), ["---"] + ["---:"] * (len(columns) - 1)]
+    lines += [list(map(str, cells)) for cells in zip(*columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def console(columns: Columns) -> str:
+    return pd.DataFrame(columns).to_string(index=False)
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    return "\n".join([markdown(shown(table)), "", *notes(table)])
+
+
+def markdown_pairs(*tests: pd.DataFrame) -> str:
+    """Markdown of results of `tables.against`, one table and its conclusion for each."""
+    return "\n\n".join(f"{markdown(shown_pairs(c))}\n\n{conclusion(c)}" for c in tests)
+
+
+def put_table_into(path: str | Path, table: str, name: str = "table") -> None:
+    """Rewrites what stands between <!-- name --> and <!-- /name --> in a text file."""
+    path = Path(path)
+    opening, closing = f"<!-- {name} -->", f"<!-- /{name} -->"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read ({error})") from None
+    before, start, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
+    if not (start and end) or opening in after:
+        raise InputError(f"{str(path)!r} must hold {opening} and, after it, {closing}, once each")
+    write_atomically(path, f"{before}{start}\n{table}\n{end}{after}".encode())

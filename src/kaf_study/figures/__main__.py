@@ -1,0 +1,108 @@
+"""python -m kaf_study.figures scatter|curves|shapes MODEL_FOLDER... --out FILE.png"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from kaf_study import CommandParser, InputError
+from kaf_study.activations import is_kaf
+from kaf_study.figures.kafs import initial_network, kaf_shapes, kaf_shapes_side_by_side
+from kaf_study.figures.results import accuracy_robustness_scatter
+from kaf_study.figures.style import Line, common_training, save
+from kaf_study.figures.training import training_curves
+from kaf_study.model_folder import TrainedModel, model_labels, trained_models
+from kaf_study.records import read_results
+
+
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    parser = CommandParser(
+        prog="python -m kaf_study.figures",
+        description="Figures from model folders and their result files.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help in (
+        ("scatter", "clean against robust accuracy"),
+        ("curves", "loss and probe accuracies by epoch"),
+        ("shapes", "the functions of a model's KAF layers, or of several models side by side"),
+    ):
+        command = commands.add_parser(name, help=help)
+        command.add_argument("folders", nargs="+", metavar="MODEL_FOLDER", help="or models/")
+        command.add_argument("--out", required=True, metavar="FILE.png")
+        if name == "scatter":
+            command.add_argument("--labels", choices=("true", "predicted"), default="true")
+            command.add_argument("--protocol", help="name of the result files: pgd-50-10-true")
+        if name == "shapes":
+            command.add_argument("--channels", type=int, default=6, help="drawn per layer (6)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit code: 0, or 2 if something given cannot be used."""
+    arguments = parse(argv)
+    matplotlib.use("Agg")
+    try:
+        save(drawn(arguments), arguments.out)
+    except InputError as error:
+        print(f"kaf_study.figures: error: {error}", file=sys.stderr)
+        return 2
+    print(arguments.out)
+    return 0
+
+
+def drawn(arguments: Namespace) -> Figure:
+    """The figure that was asked for."""
+    models = trained_models(*arguments.folders)  # also says if something is not a folder
+    if arguments.command == "scatter":
+        results = read_results(*arguments.folders)
+        ax = accuracy_robustness_scatter(results, arguments.labels, protocol=arguments.protocol)
+        return ax.figure
+    if arguments.command == "curves":
+        return _curves(models)
+    return _shapes(models, arguments.channels)
+
+
+def _curves(models: list[TrainedModel]) -> Figure:
+    labels = model_labels(models)
+    images = {str(model.record["results"].get("probe_n")) for model in models}
+    # Of ordinary training Keras reports the loss with the regularisation.
+    kinds = {model.settings.get("epsilon") == 0 for model in models}
+    loss = {(False,): "perturbed batches", (True,): "with l2"}.get(tuple(kinds), "each its own")
+    return training_curves(
+        {labels[model.folder]: Line(model.history, model.activation) for model in models},
+        title=f"{common_training(models)},\nprobed on {', '.join(sorted(images))} "
+        "validation images",
+        loss=f"training loss ({loss})",
+    )
+
+
+def _shapes(models: list[TrainedModel], channels: int) -> Figure:
+    models = [model for model in models if is_kaf(model.activation)]
+    if not models:
+        raise InputError("no finished model with KAFs is there, so there are no shapes to draw")
+    if channels < 1:
+        raise InputError(f"--channels must be at least 1, got {channels}")
+    from kaf_study.saved_models import open_model
+
+    labels = model_labels(models)
+    with ExitStack() as stack:
+        networks = {
+            labels[model.folder]: (
+                stack.enter_context(open_model(str(model.folder))).model,
+                initial_network(model),
+            )
+            for model in models
+        }
+        if len(networks) > 1:
+            title = common_training(models)
+            return kaf_shapes_side_by_side(networks, channels=channels, title=title)
+        ((label, (model, initial)),) = networks.items()
+        title = f"{label}, {common_training(models)}"
+        return kaf_shapes(model, initial=initial, channels=channels, title=title)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

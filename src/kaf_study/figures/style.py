@@ -1,0 +1,129 @@
+"""What all figures share: one colour and marker per activation and kind, words, and saving."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kaf_study import InputError
+from kaf_study.activations import (
+    ACTIVATION_COLORS,
+    ACTIVATION_LABELS,
+    FIXED,
+    KAF_ON_BASE,
+    KWTA,
+    OTHER_COLOR,
+    RANDOM_KAF,
+    RIDGE_KAF,
+    activation_of,
+    kind_of,
+)
+from kaf_study.model_folder import TrainedModel
+from kaf_study.records import make_writable
+
+MARKERS = {  # kind of activation -> marker, size
+    FIXED: ("d", 10),
+    RANDOM_KAF: ("P", 11),
+    RIDGE_KAF: ("X", 10),
+    KAF_ON_BASE: ("^", 9),
+    KWTA: ("o", 8),
+    "other": ("s", 7),
+}
+
+
+class Line(NamedTuple):
+    """Data whose label is not an activation's name, as a folder's is not, with the activation."""
+
+    data: Any
+    activation: str | None
+
+
+class Labelled(NamedTuple):
+    """What is drawn for one entry of a {label: data}."""
+
+    label: str  # as shown: "KAF_ELU, depth 56"
+    activation: str | None
+    data: Any
+
+    @property
+    def color(self) -> str:
+        return color_of(self.activation)
+
+
+def labelled(series: Mapping[str, Any]) -> list[Labelled]:
+    """The entries of a {label: data}, in order, with their activations.
+
+    A label is an activation's name, perhaps with more after a comma ("kaf, depth 56"); data under
+    any other label is wrapped: `Line(data, activation)`.
+    """
+    entries = []
+    for label, data in series.items():
+        first, *rest = label.split(",")
+        shown = ",".join([ACTIVATION_LABELS.get(first, first), *rest])
+        if isinstance(data, Line):
+            entries.append(Labelled(shown, data.activation, data.data))
+        else:
+            entries.append(Labelled(shown, activation_of(label), data))
+    return entries
+
+
+def color_of(activation: str | None) -> str:
+    return ACTIVATION_COLORS.get(activation, OTHER_COLOR)
+
+
+def marker_of(activation: str | None) -> tuple[str, int]:
+    """Marker and size of its kind."""
+    return MARKERS[kind_of(activation)]
+
+
+def shared_legend(figure: Figure, ncols: int = 4) -> None:
+    """One legend below a figure for all its panels, which show the same networks."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=min(ncols, len(names)), frameon=False,
+        fontsize=9, handlelength=3.5,
+    )  # fmt: skip
+
+
+def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """`ax`, or that of a new figure of this size in inches."""
+    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+
+
+def common_training(models: Iterable[TrainedModel]) -> str:
+    """What the models have in common, in words: "ResNet20 on CIFAR-10 (15 epochs of ...)"."""
+    models = list(models)
+
+    def shared(values):
+        values = set(values)
+        return values.pop() if len(values) == 1 else None
+
+    architecture = shared(model.settings.get("architecture") for model in models)
+    names = {"light_cnn": "light CNN", "vgg": "VGG", None: "accuracy and robustness"}
+    words = [names.get(architecture) or re.sub(r"^resnet", "ResNet", architecture)]
+    if dataset := shared(model.dataset_label for model in models):
+        words.append(f"on {dataset}")
+    if epochs := shared(model.settings.get("epochs") for model in models):
+        kinds = {True: "ordinary ", False: "fast adversarial ", None: ""}
+        kind = kinds[shared(model.settings.get("epsilon") == 0 for model in models)]
+        words.append(f"({epochs} epochs of {kind}training)")
+    return " ".join(words)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure and closes it; .png, .pdf or .svg by the name's ending."""
+    path = Path(path)
+    known = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"cannot write a figure as {path.name!r}; let its name end in .png")
+    make_writable(path.parent)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r} ({error.strerror})") from None
+    finally:
+        plt.close(figure)

@@ -1,0 +1,214 @@
+"""Which results belong beside each other: one row per model, and the paired tests between them.
+
+Read from result files alone. `cards` puts these tables into words.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kaf_study import InputError
+from kaf_study.activations import STUDIED
+from kaf_study.model_folder import model_order, with_training
+from kaf_study.paired import differences, outcomes
+from kaf_study.records import Evaluation
+
+KINDS = {  # column -> which results are meant
+    "pgd_true": {"attack": "pgd", "labels": "true"},
+    "pgd_predicted": {"attack": "pgd", "labels": "predicted"},
+    "suite": {"attack": "suite", "labels": "true"},
+}
+SETTINGS = ["dataset", "attack", "labels", "epsilon", "alpha", "steps", "restarts", "seed", "n"]
+SAME_FOR_ALL = ("dataset", "epsilon")
+SAME_PGD = ("alpha", "steps", "restarts", "seed")
+
+# --------------------------------------------------------------------------- one row per model
+
+
+def chosen_results(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """For each of `KINDS` the results of one protocol: {kind: DataFrame, one row per model}.
+
+    Where there are several protocols (other numbers of images, say) the one that most models have
+    is taken, and of those the one of most images: figures of different protocols do not mix. All
+    kinds are of the data set and radius of the first one found, and PGD is the same under both
+    labels.
+    """
+    chosen: dict[str, pd.DataFrame] = {}
+    for kind, wanted in KINDS.items():
+        wanted = dict(wanted)
+        if chosen:
+            first = next(iter(chosen.values())).iloc[0]
+            same = [*SAME_FOR_ALL, *(SAME_PGD if kind == "pgd_predicted" else ())]
+            wanted |= {name: first[name] for name in same}
+        rows = results[np.logical_and.reduce([results[k] == v for k, v in wanted.items()])]
+        if rows.empty:
+            continue
+        groups = rows.groupby(SETTINGS, dropna=False, sort=True)
+        chosen[kind] = max(
+            (group for _, group in groups),
+            key=lambda group: (group["folder"].nunique(), group["n"].iloc[0]),
+        )
+        _refuse_twins(chosen[kind], "folder", "path")
+        chosen[kind] = chosen[kind].set_index("folder")
+    if "pgd_true" not in chosen and "suite" not in chosen:
+        raise InputError("no results with true labels there; make them with robustness_eval.py")
+    return chosen
+
+
+def _refuse_twins(rows: pd.DataFrame, column: str, places: str) -> None:
+    """Two rows of one name cannot be told apart in a table, nor which of them is meant."""
+    twins = rows[rows.duplicated(column, keep=False)]
+    if len(twins):
+        name = twins[column].iloc[0]
+        where = " and ".join(twins.loc[twins[column] == name, places].iloc[:2])
+        raise InputError(
+            f"{where} both claim to be {name!r} under one protocol; leave one out, or rename it"
+        )
+
+
+def model_table(results: pd.DataFrame) -> pd.DataFrame:
+    """One row per model, fractions; columns as in the CSV. `.attrs["n"]`: {kind: images}.
+
+    The standard errors are binomial. Clean accuracy is that of the images of the first kind that is
+    there (PGD's, as a rule), and empty for a model that lacks it: no column mixes sizes.
+
+    Args:
+        results: of `kaf_study.records.read_results`.
+    """
+    chosen = chosen_results(with_training(results))
+    folders = dict.fromkeys(folder for rows in chosen.values() for folder in rows.index)
+    table = []
+    for folder in folders:
+        found = {kind: rows.loc[folder] for kind, rows in chosen.items() if folder in rows.index}
+        training = next(iter(found.values()))["training"]
+        place = (training is None, model_order(training) if training else ())
+        table.append((place, _row(folder, found, next(iter(chosen)))))
+    frame = pd.DataFrame([row for _, row in sorted(table, key=lambda item: item[0])])
+    _refuse_twins(frame, "model", "folder")
+    frame.attrs["n"] = {kind: int(rows["n"].iloc[0]) for kind, rows in chosen.items()}
+    frame.attrs["chosen"] = chosen
+    return frame
+
+
+def _row(folder: str, found: Mapping[str, pd.Series], first_kind: str) -> dict:
+    """One model's, from its results {kind: row of `read_results`}."""
+    result = next(iter(found.values()))
+    training, activation = result["training"], result["activation"]
+    settings = training.settings if training else {}
+    record = training.record if training else {"results": {}}
+    epochs = record["results"].get("epochs_trained")
+    row = {
+        "model": result["model"] or Path(folder).name,
+        "activation": activation,
+        "architecture": settings.get("architecture"),
+    }
+    for name in ("clean_accuracy", "clean_standard_error"):
+        row[name] = found[first_kind][name] if first_kind in found else np.nan
+    for kind in KINDS:
+        value, error = "robust_accuracy", "robust_standard_error"
+        if kind == "pgd_predicted":
+            value, error = (
+                "accuracy_under_attack_predicted_labels",
+                "standard_error_predicted_labels",
+            )
+        row[kind] = found[kind][value] if kind in found else np.nan
+        row[f"{kind}_standard_error"] = found[kind][error] if kind in found else np.nan
+    published = (np.nan, np.nan)
+    if settings.get("dataset") == "cifar10" and activation in STUDIED:
+        published = STUDIED[activation].published.get(settings["architecture"], published)
+    return row | {
+        "published_accuracy": published[0],
+        "published_robustness": published[1],
+        "epochs": epochs,
+        "seconds_per_epoch": record["seconds"] / epochs if epochs else None,
+        "parameters": record["results"].get("parameters"),
+        "model_sha256": result["model_sha256"],
+        "folder": folder,
+    }
+
+
+def pgd_name(rows: pd.DataFrame) -> str:
+    """PGD-S-R, of results of one protocol."""
+    return f"PGD-{rows['steps'].iloc[0]:.0f}-{rows['restarts'].iloc[0]:.0f}"
+
+
+# --------------------------------------------------------------------------- paired tests
+
+
+def paired_tests(
+    table: pd.DataFrame, names: Sequence[str] = (), kind: str = "pgd_true"
+) -> list[pd.DataFrame]:
+    """The paired tests of a table: what `against` returns, for several references.
+
+    Args:
+        names: of models, each compared with all others. None given: what the published claims
+            compare with, within each architecture: "Swish is the most robust", "KAFs improve on
+            ReLU"; where there is neither, the first model.
+        kind: "pgd_true" or "suite".
+    """
+    if names:
+        return [pairs for name in names if len(pairs := against(name, table, kind))]
+    table = _with_results(table, kind)
+    found = []
+    for _, group in table.groupby("architecture", dropna=False, sort=False):
+        if len(group) > 1:
+            first = group.drop_duplicates("activation").set_index("activation")["model"]
+            claimed = [first[name] for name in ("swish", "relu") if name in first]
+            references = claimed or [group["model"].iloc[0]]
+            found += [against(name, group, kind) for name in references]
+    return found
+
+
+def against(reference: str, table: pd.DataFrame, kind: str = "pgd_true") -> pd.DataFrame:
+    """Each model of a table against a reference on the same images.
+
+    Args:
+        reference: name of a model. table: of `model_table`. kind: "pgd_true" or "suite".
+
+    Returns:
+        `paired.differences`, and a column attack.
+
+    Raises:
+        InputError: if the reference is not there, or results are not of the same images.
+    """
+    table = _with_results(table, kind)
+    names = list(table["model"])
+    if reference not in names:
+        raise InputError(
+            f"--reference {reference!r} is not among {', '.join(names) or 'the models'} with "
+            f"results of {kind}"
+        )
+    rows = table.attrs["chosen"][kind]
+    paths = {
+        name: rows.loc[folder, "path"] for name, folder in zip(names, table["folder"], strict=True)
+    }
+    frame = differences(read_outcomes(paths, reference), reference)
+    if len(frame):
+        frame.insert(2, "attack", "suite" if kind == "suite" else pgd_name(rows))
+    return frame
+
+
+def read_outcomes(paths: Mapping[str, str], reference: str) -> dict[str, pd.DataFrame]:
+    """What became of each image: {name: `paired.outcomes`} of results {name: .json}.
+
+    Refuses data of another fingerprint, or other images, than the reference's.
+    """
+    found = {name: Evaluation.read(path) for name, path in paths.items()}
+    data = {name: result.summary["dataset"].get("fingerprint") for name, result in found.items()}
+    for name in found:
+        if data[name] != data[reference]:
+            raise InputError(
+                f"{name} and {reference} were attacked on different images; evaluate both alike"
+            )
+    return {
+        name: outcomes(result.images["index"], result.is_clean, result.is_robust)
+        for name, result in found.items()
+    }
+
+
+def _with_results(table: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The rows of a table whose models have results of a kind."""
+    rows = table.attrs["chosen"].get(kind)
+    return table[table["folder"].isin(rows.index)] if rows is not None else table[:0]
