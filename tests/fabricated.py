@@ -40,7 +40,9 @@ def write_training(folder, record=None):
     return folder
 
 
-def result(is_clean, stands, settings=None, *, dataset="cifar10", model="net", **changed):
+def result(
+    is_clean, stands, settings=None, *, dataset="cifar10", fingerprint="f", model="net", **changed
+):
     """An Evaluation in which label 0 is predicted where `is_clean`, and kept where it `stands`.
 
     Args:
@@ -83,7 +85,7 @@ def result(is_clean, stands, settings=None, *, dataset="cifar10", model="net", *
         "attack": attack,
         "labels": settings.labels,
         "outputs": "logits",
-        "dataset": {"name": dataset, "fingerprint": "f"},
+        "dataset": {"name": dataset, "fingerprint": fingerprint},
         **counted(images, settings.labels),
         "seed": settings.seed,
         "model": model,

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from fabricated import result, training_record, write_training
 
-from kaf_study import InputError, compare, records
+from kaf_study import InputError, cards, compare, records, tables
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.files import locked, read_bytes, write_atomically
 from kaf_study.model_folder import ModelFolder, trained_models
@@ -282,8 +282,8 @@ def test_whatever_training_json_holds_is_read_or_refused_in_one_line(tmp_path):
 
     def use(folder):
         trained_models(folder)
-        compare.comparison(results)
-        compare.model_cards(results, folder)
+        tables.model_table(results)
+        cards.model_cards(results, folder)
 
     use(folder)
     for name, change in mutations(record):
