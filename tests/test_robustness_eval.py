@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import pytest
 
-from kaf_study import command, datasets
+from kaf_study import command, datasets, sanity_checks
 from kaf_study.records import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +124,9 @@ def test_attacked_images_and_examples_are_kept_on_demand(folder, capsys):
     assert command.main([*arguments, "--force"]) == 0 and not images.exists()
 
 
-def test_check_prints_a_list_and_keeps_it(folder, tmp_path, capsys):
+def test_check_prints_a_list_and_keeps_it(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sanity_checks, "ITERATIONS", (1, 5, 10))
+    monkeypatch.setattr(sanity_checks, "NOISE_DRAWS", 10)
     arguments = ["--check", "--n", "20", "--steps", "10"]
     assert command.main([str(folder), *arguments]) == 0
     printed = capsys.readouterr().out
@@ -284,8 +286,8 @@ def test_error_line_is_all_a_process_prints(tmp_path):
 
 def test_killed_attack_resumes(folder, tmp_path, monkeypatch, capsys):
     """SIGKILL in the middle; the same command goes on, to the same CSV, and repeats nothing."""
-    arguments = ["--n", "64", "--steps", "15", "--restarts", "200", "--eps", "2"]
-    stem = "pgd-15-200-true-digits-n64-eps2"
+    arguments = ["--n", "64", "--steps", "15", "--restarts", "90", "--eps", "2"]
+    stem = "pgd-15-90-true-digits-n64-eps2"
     results = folder / "robustness"
     partial = results / f".{stem}.partial.npz"
     process = start(folder, *arguments)
