@@ -295,7 +295,7 @@ class _Meter:
     def __init__(self, progress, units, standing, state):
         self.progress, self.state = progress, state
         self.standing = int(standing.sum())
-        self.lengths = [member.steps + 1 for member, *_ in units]
+        self.lengths = [int(member.steps or 0) + 1 for member, *_ in units]
         self.total = self.standing * sum(self.lengths[state.units_done :])
         self.done = 0
 

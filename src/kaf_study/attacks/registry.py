@@ -210,7 +210,7 @@ class AttackSettings:
             ("eps", self.epsilon, 8 / 255),
             ("step", self.alpha, ATTACKS[self.attack].alpha),
         ):
-            if value is not None and not math.isclose(value, default, rel_tol=1e-9):
+            if value is not None and not math.isclose(value, default or 0, rel_tol=1e-9):
                 parts.append(f"{name}{value * 255:.10g}")
         if self.seed:
             parts.append(f"seed{self.seed}")
