@@ -368,7 +368,7 @@ def nothing_changes_at_radius_0(runs: _Runs) -> Check:
 
 def nothing_stands_at_radius_128(runs: _Runs) -> Check:
     """Within half of the pixel range any image can be made grey."""
-    alpha = min(1.0, runs.settings.alpha * (128 / 255) / max(runs.settings.epsilon, 1e-9))
+    alpha = min(1.0, (runs.settings.alpha or 0) * (128 / 255) / max(runs.settings.epsilon, 1e-9))
     stands = runs.under_pgd(epsilon=128 / 255, alpha=alpha, restarts=2)
     text = f"{_percent(stands)} stand at 128/255"
     return _check("eps 128", not stands.any(), text, accuracy=float(stands.mean()))

@@ -6,11 +6,17 @@ TensorFlow: commands check what they were given before they import it.
 
 import importlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kaf_study import InputError
+
+if TYPE_CHECKING:
+    from kaf_study.attacks.classifier import CompiledClassifier
+    from kaf_study.attacks.loop import BatchAttack
 
 LABELS = ("true", "predicted")
 DEFAULT_DATASET = "cifar10"
@@ -177,7 +183,7 @@ class AttackSettings:
             for name, changed in ATTACKS[self.attack].members
         ) or (self,)
 
-    def made_for(self, classifier):
+    def made_for(self, classifier: "CompiledClassifier") -> "BatchAttack":
         """This attack (no suite) on a `CompiledClassifier`, or why its model cannot be attacked so.
 
         Raises:
@@ -233,7 +239,7 @@ def _those_with(labels):
     return " and ".join(name for name, attack in ATTACKS.items() if labels in attack.labels)
 
 
-def check_choice(name: str, value: str, choices) -> None:
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
