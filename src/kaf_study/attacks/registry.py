@@ -195,7 +195,7 @@ class AttackSettings:
                 f"{self.attack} needs at least {own.classes} classes, the model has {classes}; "
                 "choose apgd-ce or pgd"
             )
-        if own.is_targeted and self.restarts > classes - 1:
+        if own.is_targeted and int(self.restarts or 0) > classes - 1:
             raise InputError(
                 f"{self.attack} aims at one other class per restart, so the model's {classes} "
                 f"classes allow {classes - 1} restarts; got {self.restarts}"
