@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kaf_study import datasets
-from kaf_study.evaluation import evaluate
+from kaf_study.evaluation import AttackSettings, evaluate
 from kaf_study.files import file_sha256
 from kaf_study.model_folder import ModelFolder, trained_models, with_training
 from kaf_study.records import Evaluation, read_results
@@ -93,7 +93,8 @@ def test_a_stored_result_is_reproduced(model):
     ):
         pytest.skip("CIFAR10_DIR holds another copy than the one attacked")
     with open_model(model.folder) as opened:
-        again = evaluate(opened.model, x[:REPRODUCED], y[:REPRODUCED], restarts=RESTARTS).images
+        settings = AttackSettings(restarts=RESTARTS)
+        again = evaluate(opened.model, x[:REPRODUCED], y[:REPRODUCED], settings).images
     first = stored.images[:REPRODUCED]
     # What fell in a later restart stood in these.
     stood = first["restart"].fillna(0) > RESTARTS

@@ -102,9 +102,9 @@ def add_attack_options(parser: ArgumentParser) -> None:
         ("steps", "iterations, of square: queries"),
         ("restarts", "random restarts"),
     ):
-        own = {attack: getattr(ATTACKS[attack], name) for attack in ATTACKS}
-        own = ", ".join(f"{attack} {count}" for attack, count in own.items() if count)
-        parser.add_argument(f"--{name}", type=int, help=f"{what} ({own})")
+        counts = {attack: getattr(own, name) for attack, own in ATTACKS.items()}
+        defaults = ", ".join(f"{attack} {count}" for attack, count in counts.items() if count)
+        parser.add_argument(f"--{name}", type=int, help=f"{what} ({defaults})")
     parser.add_argument(
         "--labels",
         nargs="+",
@@ -306,11 +306,13 @@ def save_examples(model, images, result: records.Evaluation, folder: Path, count
     if not len(fell):
         return f"{model.name}: no image fell, so there are no examples to draw"
     logits, _ = logits_of(model.model, images.x[:2])
+    x, x_adv = images.x[fell], np.asarray(result.x_adv)[fell]
     figure = figures.adversarial_examples(
-        images.x[fell],
-        result.x_adv[fell],
+        x,
+        x_adv,
         images.y[fell],
-        *(np.asarray(logits(x[fell], training=False)) for x in (images.x, result.x_adv)),
+        np.asarray(logits(x, training=False)),
+        np.asarray(logits(x_adv, training=False)),
         datasets.class_names(images.dataset),
         fell,
     )
@@ -337,7 +339,7 @@ def test_images(name: str, arguments: Namespace):
 
 def refuse_clashes(models: list, out: str | None, result_folder: Callable) -> None:
     """Two models whose results would go to the same folder cannot be told apart afterwards."""
-    seen = {}
+    seen: dict[Path, Path] = {}
     for model in models:
         folder = result_folder(model, out).resolve()
         if folder in seen:

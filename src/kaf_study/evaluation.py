@@ -249,7 +249,7 @@ def _units(settings: AttackSettings) -> list[tuple[AttackSettings, int, int]]:
     return [
         (member, number, restart)
         for number, member in enumerate(settings.members)
-        for restart in range(1, member.restarts + 1)
+        for restart in range(1, int(member.restarts or 0) + 1)
     ]
 
 
@@ -296,7 +296,7 @@ class _Meter:
     def __init__(self, progress, units, standing, state):
         self.progress, self.state = progress, state
         self.standing = int(standing.sum())
-        self.lengths = [member.steps + 1 for member, *_ in units]
+        self.lengths = [int(member.steps or 0) + 1 for member, *_ in units]
         self.total = self.standing * sum(self.lengths[state.units_done :])
         self.done = 0
 
@@ -543,7 +543,7 @@ _ATTACKED = {
 def save_adversarial(result: Evaluation, directory: Path | str) -> Path:
     """Keep the attacked images beside a result: STEM.npz with x_adv (N, H, W, C), in [0, 1]."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, x_adv=result.x_adv)
+    np.savez_compressed(buffer, x_adv=np.asarray(result.x_adv))
     path = Path(directory) / f"{result.stem}.npz"
     write_atomically(path, buffer.getvalue())
     return path

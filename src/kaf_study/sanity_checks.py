@@ -288,7 +288,7 @@ def _percent(stands):
 # --------------------------------------------------------------------------- the model
 
 
-def outputs_are_logits(runs):
+def outputs_are_logits(runs: _Runs) -> Check:
     """A softmax that cannot be taken off must at least not be saturated."""
     name = "outputs"
     _, kind = logits_of(runs.model, runs.x[: runs.batch_size])
@@ -302,7 +302,7 @@ def outputs_are_logits(runs):
     return _check(name, saturated <= 0.01, text, saturated=saturated)
 
 
-def the_same_twice(runs):
+def the_same_twice(runs: _Runs) -> Check:
     """The same seed, the same figure; and the model gives the same outputs for the same images."""
     again = runs.classifier.predict(runs.x, runs.batch_size)
     scale = np.abs(runs.clean_logits).max() + 1e-12
@@ -314,7 +314,7 @@ def the_same_twice(runs):
     return _check("same figure twice", passed, text, differing=differing, logits_moved=moved)
 
 
-def gradients_are_not_zero(runs):
+def gradients_are_not_zero(runs: _Runs) -> Check:
     """Float32 saturation, or activations that are flat: nothing to follow (allowed: 1 %)."""
     *_, gradient = runs.in_batches(runs.classifier.differentiable(cross_entropy), runs.x, runs.y)
     is_zero = (gradient == 0).reshape(len(runs.x), -1)
@@ -323,7 +323,7 @@ def gradients_are_not_zero(runs):
     return _check("input gradients", images <= 0.01, text, images=images, pixels=pixels)
 
 
-def loss_follows_its_gradient(runs):
+def loss_follows_its_gradient(runs: _Runs) -> Check:
     """Over one grey level the margin changes as the gradient says, wrong by less than that itself.
 
     A network that is differentiable nearly everywhere, a ReLU network included, is nearly linear
@@ -359,22 +359,22 @@ def loss_follows_its_gradient(runs):
 # --------------------------------------------------------------------------- the attack
 
 
-def nothing_changes_at_radius_0(runs):
+def nothing_changes_at_radius_0(runs: _Runs) -> Check:
     stands = runs.under_pgd(epsilon=0.0, steps=2, restarts=1)
     differing = int((stands != runs.is_clean).sum())
     text = f"{_percent(runs.is_clean)} clean, {_percent(stands)} at 0; {differing} images differ"
     return _check("eps 0", differing == 0, text, differing=differing)
 
 
-def nothing_stands_at_radius_128(runs):
+def nothing_stands_at_radius_128(runs: _Runs) -> Check:
     """Within half of the pixel range any image can be made grey."""
-    alpha = min(1.0, runs.settings.alpha * (128 / 255) / max(runs.settings.epsilon, 1e-9))
+    alpha = min(1.0, (runs.settings.alpha or 0) * (128 / 255) / max(runs.settings.epsilon, 1e-9))
     stands = runs.under_pgd(epsilon=128 / 255, alpha=alpha, restarts=2)
     text = f"{_percent(stands)} stand at 128/255"
     return _check("eps 128", not stands.any(), text, accuracy=float(stands.mean()))
 
 
-def falls_with_the_radius(runs):
+def falls_with_the_radius(runs: _Runs) -> Check:
     counts = [int(stands.sum()) for stands in runs.curve]
     rise = max(b - a for a, b in pairwise(counts))
     shown = ", ".join(f"{r}: {s.mean():.0%}" for r, s in zip(RADII, runs.curve, strict=True))
@@ -382,7 +382,7 @@ def falls_with_the_radius(runs):
     return _check("falls with eps", passed, shown, standing=counts, largest_rise=rise)
 
 
-def falls_with_iterations(runs):
+def falls_with_iterations(runs: _Runs) -> Check:
     """Of the last iterate, as ART judges; judged at every iterate it could not but fall."""
     counts = [int(stands.sum()) for stands in runs.iterations.values()]
     rise = max(b - a for a, b in pairwise(counts))
@@ -393,7 +393,7 @@ def falls_with_iterations(runs):
     return _check("falls with iterations", passed, shown, standing=counts, last_change=last)
 
 
-def falls_with_restarts(runs):
+def falls_with_restarts(runs: _Runs) -> Check:
     """The restarts against one from another seed, which they could well miss."""
     missed = int((runs.pgd & ~runs.one_restart).sum())
     text = (
@@ -403,7 +403,7 @@ def falls_with_restarts(runs):
     return _check("falls with restarts", missed <= runs.tolerance, text, missed=missed)
 
 
-def as_strong_as(runs, name, stands):
+def as_strong_as(runs: _Runs, name: str, stands: np.ndarray) -> Check:
     """PGD fells what a weaker attack fells."""
     missed = int((runs.pgd & ~stands).sum())
     text = f"PGD {_percent(runs.pgd)}, {name} {_percent(stands)}; {missed} fell to {name} alone"
@@ -411,7 +411,7 @@ def as_strong_as(runs, name, stands):
     return _check(f"beats {name}", passed, text, missed=missed, accuracy=float(stands.mean()))
 
 
-def transfers(runs, transferred):
+def transfers(runs: _Runs, transferred: dict[str, np.ndarray]) -> list[Check]:
     """Examples found on other models."""
     if not transferred:
         text = "no other model was given (--transfer-from)"

@@ -42,7 +42,7 @@ class CompiledClassifier:
         self.model, self.nb_classes, self.input_shape = model, classes, tuple(input_shape)
         self.gradient_calls = 0
         self.forward_calls = 0
-        self._graphs = {}
+        self._graphs: dict[tuple[Callable, int], Callable] = {}
         self._images = tf.TensorSpec((None, *input_shape), tf.float32)
 
         @tf.function(input_signature=[self._images])

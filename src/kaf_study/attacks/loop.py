@@ -98,7 +98,8 @@ class BatchAttack:
         run = Run(np.empty_like(x), np.empty(n, int), np.zeros(n, int), np.zeros(n, bool))
         chunk = max(1, batch_size // 4)  # images that enter together
         waiting = [np.arange(n)[i : i + chunk] for i in range(0, n, chunk)][::-1]
-        at, state = np.empty(0, int), {}  # positions in x of the images in the pool
+        at = np.empty(0, int)  # positions in x of the images in the pool
+        state: State = {}
         while waiting or len(at):
             while waiting and len(at) + len(waiting[-1]) <= batch_size:
                 new = waiting.pop()

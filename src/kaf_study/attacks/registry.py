@@ -6,11 +6,17 @@ TensorFlow: commands check what they were given before they import it.
 
 import importlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kaf_study import InputError
+
+if TYPE_CHECKING:
+    from kaf_study.attacks.classifier import CompiledClassifier
+    from kaf_study.attacks.loop import BatchAttack
 
 LABELS = ("true", "predicted")
 DEFAULT_DATASET = "cifar10"
@@ -177,7 +183,7 @@ class AttackSettings:
             for name, changed in ATTACKS[self.attack].members
         ) or (self,)
 
-    def made_for(self, classifier):
+    def made_for(self, classifier: "CompiledClassifier") -> "BatchAttack":
         """This attack (no suite) on a `CompiledClassifier`, or why its model cannot be attacked so.
 
         Raises:
@@ -189,7 +195,7 @@ class AttackSettings:
                 f"{self.attack} needs at least {own.classes} classes, the model has {classes}; "
                 "choose apgd-ce or pgd"
             )
-        if own.is_targeted and self.restarts > classes - 1:
+        if own.is_targeted and int(self.restarts or 0) > classes - 1:
             raise InputError(
                 f"{self.attack} aims at one other class per restart, so the model's {classes} "
                 f"classes allow {classes - 1} restarts; got {self.restarts}"
@@ -210,7 +216,7 @@ class AttackSettings:
             ("eps", self.epsilon, 8 / 255),
             ("step", self.alpha, ATTACKS[self.attack].alpha),
         ):
-            if value is not None and not math.isclose(value, default, rel_tol=1e-9):
+            if value is not None and not math.isclose(value, default or 0, rel_tol=1e-9):
                 parts.append(f"{name}{value * 255:.10g}")
         if self.seed:
             parts.append(f"seed{self.seed}")
@@ -233,7 +239,7 @@ def _those_with(labels):
     return " and ".join(name for name, attack in ATTACKS.items() if labels in attack.labels)
 
 
-def check_choice(name: str, value: str, choices) -> None:
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
