@@ -168,6 +168,17 @@ def test_conclusion_names_what_is_told_apart(models):
     assert "100 images" in text
 
 
+def test_told_apart_is_below_5_percent():
+    pairs = pd.DataFrame(
+        {"model": ["a", "b"], "reference": "c", "attack": "suite", "n": 500}
+        | {"robust_difference": [0.1, -0.1], "p_holm": [0.049, 0.051]}
+        | {"clean_difference": [0.1, -0.1], "clean_p_holm": [0.051, 0.049]}
+    )
+    text = conclusion(pairs)
+    assert "test at 5 %" in text and "under the suite: more robust: a; not told apart: b." in text
+    assert "On the clean images: less accurate: b; not told apart: a." in text
+
+
 def test_table_has_all_protocols_in_one_row_in_order_of_activations(models):
     add_result(models / "net_swish", range(10, 50), attack="suite")
     table = model_table(read_results(models))

@@ -85,7 +85,8 @@ OTHER_COLOR = "#666666"  # of an activation that is not in the table
 
 def kind_of(activation: str | None) -> str:
     """Its kind, "other" for one that is not in the table."""
-    return STUDIED[activation].kind if activation in STUDIED else "other"
+    row = STUDIED.get(activation or "")
+    return row.kind if row else "other"
 
 
 def is_kaf(activation: str | None) -> bool:

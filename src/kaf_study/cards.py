@@ -1,22 +1,26 @@
-"""Generated text: tables of results, paired tests and model cards, for a terminal and in Markdown.
+"""Generated text: tables, tests, claims and model cards, for a terminal and in Markdown.
 
-Figures come from `tables`; here they get their words, and their place between two markers of a
-text. A table, as text, is {header: cells}.
+Figures come from `tables` and `claims`; here they get their words, and their place between two
+markers of a text. A table, as text, is {header: cells}.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS
+from kaf_study.claims import MEASURES, Study
 from kaf_study.model_folder import DATASET_LABELS, TrainedModel, trained_models
 from kaf_study.paired import LEVEL
 from kaf_study.records import write_atomically
+from kaf_study.seeds import MARGIN
 from kaf_study.tables import KINDS, model_table, pgd_name
 
-Columns = Mapping[str, Sequence[str]]
+Columns = Mapping[Any, Sequence[object]]
 
 # --------------------------------------------------------------------------- the table of models
 
@@ -136,6 +140,86 @@ def _told_apart(pairs: pd.DataFrame, p: str, difference: str, words: tuple[str, 
     if not apart.all():
         parts.append(f"not told apart: {', '.join(pairs['model'][~apart])}")
     return "; ".join(parts)
+
+
+# --------------------------------------------------------------------------- seeds and claims
+
+
+def shown_means(table: pd.DataFrame) -> dict[str, list[str]]:
+    """A table of `claims.means` as text, percent with 95 % intervals."""
+    cells = {
+        "activation": [ACTIVATION_LABELS.get(name, name) for name in table["activation"]],
+        "seeds": [str(count) for count in table["seeds"]],
+    }
+    for measure in MEASURES:
+        cells[f"{measure}, mean"] = [f"{100 * value:.1f}" for value in table[measure]]
+        cells[f"{measure}, 95 %"] = _intervals(table[f"{measure}_low"], table[f"{measure}_high"])
+    return cells
+
+
+def shown_claims(table: pd.DataFrame) -> dict[str, list[str]]:
+    """A table of `claims.claims_table` as text, in points; one claim's name stands once."""
+    first = [ACTIVATION_LABELS.get(name, name) for name in table["first"]]
+    second = [ACTIVATION_LABELS.get(name, name) for name in table["second"]]
+    cells = {
+        "claim": list(table["claim"].mask(table["claim"].duplicated(), "")),
+        "of": first,
+        "against": second,
+        "seeds": list(table["seeds"]),
+    }
+    if table["published"].notna().any():
+        cells["published*"] = _points(table["published"])
+    return cells | {
+        "here": _points(table["difference"]),
+        "95 %": _intervals(table["low"], table["high"], "+"),
+        "verdict": [
+            f"{said}: {why}" if why else said
+            for said, why in zip(table["verdict"], table["why"], strict=True)
+        ],
+    }
+
+
+def _points(values: Iterable[float]) -> list[str]:
+    # + 0.0: no "-0.0"
+    return ["–" if pd.isna(value) else f"{round(100 * value, 1) + 0.0:+.1f}" for value in values]
+
+
+def _intervals(lows: Iterable[float], highs: Iterable[float], sign: str = "") -> list[str]:
+    return [
+        f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}" if np.isfinite(high - low) else "–"
+        for low, high in zip(lows, highs, strict=True)
+    ]
+
+
+def claim_notes(study: Study, averages: pd.DataFrame, claims: pd.DataFrame) -> list[str]:
+    """What the figures of a study's tables are, in sentences."""
+    sd = averages.attrs["sd"]
+    lines = [
+        f"{study.n:,} test images. Intervals are over images and seeds: Student's, with the "
+        "variance between seeds pooled over the activations "
+        f"(standard deviation: clean {100 * sd['clean']:.2f}, robust {100 * sd['robust']:.2f} "
+        "points).",
+        "Verdicts hold at 5 % for all pairs of a claim together (Holm's correction), differences "
+        f"and, by two one-sided tests, equality within {100 * MARGIN:g} point.",
+    ]
+    if claims["published"].notna().any():
+        lines.append(
+            "\\* Differences of single networks; robust ones from attacks called without labels."
+        )
+    return lines
+
+
+def markdown_claims(study: Study, averages: pd.DataFrame, claims: pd.DataFrame) -> str:
+    """Markdown of one study: means, claims, what they are."""
+    return "\n".join(
+        [
+            markdown(shown_means(averages)),
+            "",
+            markdown(shown_claims(claims)),
+            "",
+            *claim_notes(study, averages, claims),
+        ]
+    )
 
 
 # --------------------------------------------------------------------------- model cards

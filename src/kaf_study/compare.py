@@ -1,4 +1,4 @@
-"""Compare models from their result files alone: tables, paired tests, model cards, scatter plot.
+"""Compare models from their result files alone: tables, tests, claims, cards, scatter plot.
 
 python robustness_eval.py compare models/
 python robustness_eval.py compare models/ --into README.md --cards models/README.md
@@ -15,17 +15,22 @@ import pandas as pd
 
 from kaf_study import CommandParser, InputError
 from kaf_study.cards import (
+    claim_notes,
     conclusion,
     console,
+    markdown_claims,
     markdown_pairs,
     markdown_table,
     model_cards,
     notes,
     put_table_into,
     shown,
+    shown_claims,
+    shown_means,
     shown_pairs,
 )
-from kaf_study.figures import accuracy_robustness_scatter, save
+from kaf_study.claims import Study, claims_table, means, studies
+from kaf_study.figures import accuracy_robustness_scatter, common_training, save
 from kaf_study.records import make_writable, read_results, write_atomically
 from kaf_study.tables import model_table, paired_tests
 
@@ -33,7 +38,7 @@ from kaf_study.tables import model_table, paired_tests
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser = CommandParser(
         prog="robustness_eval.py compare",
-        description="Tables, paired tests and the scatter plot, from result files alone.",
+        description="Tables, tests, claims and the scatter plot, from result files alone.",
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", help="models/, or model folders")
     parser.add_argument(
@@ -48,7 +53,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="writes .csv, .md and .png files there")
     parser.add_argument(
-        "--into", metavar="README.md", help="rewrites its <!-- table --> and <!-- paired --> blocks"
+        "--into",
+        metavar="README.md",
+        help="rewrites its <!-- table -->, <!-- paired --> and, of several seeds, <!-- claims -->",
     )
     parser.add_argument("--cards", metavar="FILE.md", help="writes model cards")
     return parser.parse_args(argv)
@@ -85,27 +92,56 @@ def run(arguments: Namespace) -> None:
     print(console(shown(table)), "", *notes(table), sep="\n")
     for pairs in tests:
         print("", console(shown_pairs(pairs)), "", conclusion(pairs), sep="\n")
+    claims = claims_of(results, kind)
+    for title, study, averages, verdicts in claims:
+        print("", title, "", console(shown_means(averages)), sep="\n")
+        print("", console(shown_claims(verdicts)), "", sep="\n")
+        print(*claim_notes(study, averages, verdicts), sep="\n")
     if arguments.out:
-        write(results, table, tests, Path(arguments.out))
+        write(results, table, tests, claims, Path(arguments.out))
     if arguments.into:
         put_table_into(arguments.into, markdown_table(table))
         if tests:
             put_table_into(arguments.into, markdown_pairs(*tests), "paired")
+        if claims:
+            put_table_into(arguments.into, markdown_of(claims), "claims")
     if arguments.cards:
         make_writable(Path(arguments.cards).parent)
         write_atomically(Path(arguments.cards), model_cards(results, *arguments.folders).encode())
 
 
+Claims = list[tuple[str, Study, pd.DataFrame, pd.DataFrame]]  # title, means, verdicts
+
+
+def claims_of(results: pd.DataFrame, kind: str) -> Claims:
+    """Means and verdicts of each study that has several seeds of an activation."""
+    several = [study for study in studies(results, kind) if max(study.seeds.values()) > 1]
+    found = [(common_training(s.models), s, means(s), claims_table(s)) for s in several]
+    return [entry for entry in found if len(entry[-1])]
+
+
+def markdown_of(claims: Claims) -> str:
+    return "\n\n".join(f"**{title}**\n\n{markdown_claims(*rest)}" for title, *rest in claims)
+
+
 def write(
-    results: pd.DataFrame, table: pd.DataFrame, tests: list[pd.DataFrame], folder: Path
+    results: pd.DataFrame,
+    table: pd.DataFrame,
+    tests: list[pd.DataFrame],
+    claims: Claims,
+    folder: Path,
 ) -> None:
-    """comparison.csv and .md, paired.csv, scatter.png"""
+    """comparison.csv and .md, paired.csv, claims.csv, scatter.png"""
     matplotlib.use("Agg")
     make_writable(folder)
     files = {"comparison.csv": csv(table), "comparison.md": markdown_table(table) + "\n"}
     if tests:
         files["paired.csv"] = csv(pd.concat(tests))
         files["comparison.md"] += "\n" + markdown_pairs(*tests) + "\n"
+    if claims:
+        parts = [verdicts.assign(study=title) for title, *_, verdicts in claims]
+        files["claims.csv"] = csv(pd.concat(parts))
+        files["comparison.md"] += "\n" + markdown_of(claims) + "\n"
     for name, text in files.items():
         write_atomically(folder / name, text.encode())
     if "pgd_true" in table.attrs["chosen"]:

@@ -60,7 +60,7 @@ def differences(results: Mapping[str, pd.DataFrame], reference: str) -> pd.DataF
         corrected for the number of rows.
     """
     base = results[reference]
-    same_images({reference: base} | results)
+    same_images({reference: base, **results})
     frame = pd.DataFrame(
         [
             {"model": name, "reference": reference} | _difference(one, base)

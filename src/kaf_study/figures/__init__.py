@@ -23,7 +23,7 @@ from kaf_study.figures.results import (
     robustness_curve,
     survival_curves,
 )
-from kaf_study.figures.style import Line, save, shared_legend
+from kaf_study.figures.style import Line, common_training, save, shared_legend
 from kaf_study.figures.training import training_curves, training_steps
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "activation_histograms",
     "adversarial_examples",
     "by_layer",
+    "common_training",
     "image_rows",
     "initial_network",
     "kaf_layers",

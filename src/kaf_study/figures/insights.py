@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,9 +16,9 @@ from kaf_study.activations import ACTIVATION_LABELS, is_kaf
 from kaf_study.figures.kafs import activation_values, evenly, layer_activation, size_in_words
 from kaf_study.figures.style import Line, axes_or_new, color_of, labelled, marker_of
 
-FUNCTION = {"color": "black", "lw": 0.9, "ls": (0, (3, 1.5))}
-END_OF_DICTIONARY = {"color": "0.45", "lw": 0.9, "ls": ":"}
-LINE_STYLES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
+FUNCTION: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (3, 1.5))}
+END_OF_DICTIONARY: dict[str, Any] = {"color": "0.45", "lw": 0.9, "ls": ":"}
+LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 
 
 # --------------------------------------------------------------------------- pre-activations
@@ -110,7 +111,7 @@ def _draw_function(ax: Axes, layer, limit: float, channels: int) -> Axes:
 
 
 def by_layer(
-    curves: Mapping[str, object],
+    curves: Mapping[str, Any],
     *,
     ylabel: str,
     ax: Axes | None = None,
@@ -143,7 +144,7 @@ def by_layer(
             markevery=(kind, max(1, len(value) // 8)) if kind else None,
         )  # fmt: skip
         if isinstance(one.data, pd.DataFrame):
-            band = {"color": one.color, "alpha": 0.18, "lw": 0}
+            band: dict[str, Any] = {"color": one.color, "alpha": 0.18, "lw": 0}
             ax.fill_between(one.data.index, one.data["low"], one.data["high"], **band)
         if not np.isfinite(value).all():
             which = one.label.partition(",")[2].strip() or one.label

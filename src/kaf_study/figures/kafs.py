@@ -1,6 +1,7 @@
 """Figures of KAFs: the functions that were learned, over where they started."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,7 +15,7 @@ from kaf_study.activations import ACTIVATION_COLORS, ACTIVATION_LABELS, STUDIED
 from kaf_study.figures.style import color_of
 from kaf_study.model_folder import TrainedModel
 
-START = {"color": "black", "lw": 1, "ls": (0, (4, 2))}
+START: dict[str, Any] = {"color": "black", "lw": 1, "ls": (0, (4, 2))}
 IN_DICTIONARY = "0.93"  # grey behind the range of the dictionary
 
 
@@ -48,7 +49,7 @@ def _function_name(function) -> str:
 def activation_values(layer, x: NDArray) -> NDArray:
     """The functions of an activation layer at the points x (N,): (N, C), C = 1 if it has one."""
     channels = layer.alpha.shape[-1] if hasattr(layer, "alpha") else 1
-    return np.asarray(layer(np.repeat(np.float32(x)[:, None], channels, axis=1)))
+    return np.asarray(layer(np.repeat(np.asarray(x, np.float32)[:, None], channels, axis=1)))
 
 
 def initial_network(model: TrainedModel):

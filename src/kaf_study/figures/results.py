@@ -3,10 +3,12 @@
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -118,7 +120,7 @@ def _title(ax: Axes, title: str, protocol: str) -> None:
 
 
 def _marker_legend(ax: Axes, kinds: Collection[str], shows_impossible: bool) -> None:
-    handles = [
+    handles: list[Artist] = [
         Line2D([], [], ls="", marker=marker, ms=size - 2, color="0.35", mec="white", label=kind)
         for kind, (marker, size) in MARKERS.items()
         if kind in kinds
@@ -198,7 +200,7 @@ def survival_curves(result: Evaluation) -> Figure:
     return figure
 
 
-def robustness_curve(curves: Mapping[str, object], ax: Axes | None = None) -> Axes:
+def robustness_curve(curves: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     """Robust accuracy against radius.
 
     Args:

@@ -72,7 +72,7 @@ def labelled(series: Mapping[str, Any]) -> list[Labelled]:
 
 
 def color_of(activation: str | None) -> str:
-    return ACTIVATION_COLORS.get(activation, OTHER_COLOR)
+    return ACTIVATION_COLORS.get(activation or "", OTHER_COLOR)
 
 
 def marker_of(activation: str | None) -> tuple[str, int]:

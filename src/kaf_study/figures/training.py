@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,7 +23,7 @@ CURVES = {
 
 
 def training_curves(
-    histories: Mapping[str, object],
+    histories: Mapping[str, Any],
     *,
     title: str | None = None,
     loss: str = "training loss (perturbed batches)",
@@ -40,7 +41,7 @@ def training_curves(
     drawn: Counter[str | None] = Counter()  # lines of each activation so far
     for one in labelled(histories):
         history = one.data if isinstance(one.data, pd.DataFrame) else pd.read_csv(one.data)
-        line = {
+        line: dict[str, Any] = {
             "color": one.color,
             "ls": "-" if is_kaf(one.activation) else "--",
             "marker": "os^v*"[drawn[one.activation] % 5],
@@ -69,7 +70,7 @@ def training_curves(
 
 
 def training_steps(
-    histories: Mapping[str, object], *, window: int = 10, title: str | None = None
+    histories: Mapping[str, Any], *, window: int = 10, title: str | None = None
 ) -> Figure:
     """Loss and gradient norm of short trainings, step by step.
 

@@ -1,0 +1,230 @@
+"""What the study claims of activations, as data, and the verdict on each from several seeds.
+
+The claims are those of the thesis (Sapienza, 2020) and of this repository. Each is a list of pairs
+of which the first is said to be above the second. A pair's verdict is of `seeds`: an interval over
+images and seeds, corrected within the claim.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from kaf_study import InputError
+from kaf_study.activations import KAF_ON_BASE, KWTA, RIDGE_KAF, STUDIED, is_kaf
+from kaf_study.model_folder import TrainedModel, with_training
+from kaf_study.seeds import (
+    EQUAL,
+    LESS,
+    MARGIN,
+    MORE,
+    UNDECIDED,
+    Estimate,
+    Outcomes,
+    Spread,
+    difference,
+    estimate,
+    spread,
+    verdicts,
+)
+from kaf_study.tables import chosen_results, read_outcomes
+
+MEASURES = ("clean", "robust")
+WORDS = {
+    ("robust", MORE): "more robust",
+    ("robust", LESS): "less robust",
+    ("clean", MORE): "more accurate",
+    ("clean", LESS): "less accurate",
+} | {
+    (measure, said): word
+    for measure in MEASURES
+    for said, word in (
+        (EQUAL, f"equal within {100 * MARGIN:g} point"),
+        (UNDECIDED, "undecided"),
+    )
+}
+# Networks that agree in these are of one study: they differ in activation and seed.
+ALIKE = ("dataset", "architecture", "epsilon", "epochs", "optimizer")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """measure: "clean" or "robust", the accuracy in which each pair's first is above its second."""
+
+    text: str
+    measure: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+def _against(second: str, firsts: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((first, second) for first in firsts)
+
+
+def _against_base(kind: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, row.base) for name, row in STUDIED.items() if row.kind == kind and row.base)
+
+
+KAFS = [name for name in STUDIED if is_kaf(name)]
+COMPARED = [name for name, row in STUDIED.items() if row.kind != KWTA]  # k-WTA is no defence
+SMOOTH = [name for name in COMPARED if name not in ("relu", "kaf_on_relu")]  # no kink
+CLAIMS = (
+    Claim(
+        "Swish is the most robust",
+        "robust",
+        tuple(("swish", other) for other in COMPARED if other != "swish"),
+    ),
+    Claim("KAFs are more accurate than ReLU", "clean", _against("relu", KAFS)),
+    Claim("KAFs are more robust than ReLU", "robust", _against("relu", KAFS)),
+    Claim("Smooth activations are more robust than ReLU", "robust", _against("relu", SMOOTH)),
+    Claim("A KAF that starts as X is more robust than X", "robust", _against_base(RIDGE_KAF)),
+    Claim("A moving dictionary is more robust than a fixed one", "robust", (("kaf_free", "kaf"),)),
+    Claim("A KAF on X is more robust than X", "robust", _against_base(KAF_ON_BASE)),
+)
+
+
+# --------------------------------------------------------------------------- networks of one study
+
+
+@dataclass(frozen=True)
+class Study:
+    """Networks trained alike but for activation and seed, attacked on the same n images.
+
+    results: {"clean": {activation: bool (seeds, n)}, "robust": the same}.
+    """
+
+    models: tuple[TrainedModel, ...]
+    n: int
+    results: Mapping[str, Outcomes]
+
+    @property
+    def architecture(self) -> str:
+        return self.models[0].settings["architecture"]
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        """How many of each activation."""
+        return {name: len(x) for name, x in self.results["robust"].items()}
+
+
+def studies(results: pd.DataFrame, kind: str = "pgd_true") -> list[Study]:
+    """The studies among results; models without a training record are in none.
+
+    Args:
+        results: of `kaf_study.records.read_results`. kind: of `kaf_study.tables.KINDS`.
+    """
+    rows = chosen_results(with_training(results)).get(kind)
+    groups: dict[tuple, list] = {}
+    if rows is not None:
+        for row in rows[rows["training"].notna()].itertuples():
+            alike = tuple(row.training.settings.get(name) for name in ALIKE)
+            groups.setdefault(alike, []).append(row)
+    return [_study(group) for group in groups.values()]
+
+
+def _study(rows: list) -> Study:
+    """Of rows of `chosen_results` whose models were trained alike."""
+    models: dict[tuple[str, int], TrainedModel] = {}
+    for row in rows:
+        place = row.activation, row.training.settings["seed"]
+        if place in models:
+            raise InputError(
+                f"{models[place].folder} and {row.training.folder} are both {place[0]}, seed "
+                f"{place[1]}, trained alike; leave one out"
+            )
+        models[place] = row.training
+    paths = {str(row.training.folder): row.path for row in rows}
+    found = read_outcomes(paths, next(iter(paths)))
+    stacked: dict[str, dict] = {measure: {} for measure in MEASURES}
+    order = {name: place for place, name in enumerate(STUDIED)}
+    for name in sorted({row.activation for row in rows}, key=lambda a: order.get(a, len(order))):
+        frames = [found[str(models[key].folder)] for key in sorted(models) if key[0] == name]
+        for measure in MEASURES:
+            stacked[measure][name] = np.stack([frame[measure].to_numpy() for frame in frames])
+    return Study(tuple(models.values()), len(next(iter(found.values()))), stacked)
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def means(study: Study) -> pd.DataFrame:
+    """One row per activation: seeds, and of clean and robust accuracy mean, low and high (95 %).
+
+    Fractions. `.attrs["sd"]`: {measure: standard deviation between seeds, pooled}, NaN of one seed
+    each; then low and high are infinite.
+    """
+    noise = {measure: spread(x) for measure, x in study.results.items()}
+    rows = []
+    for name, count in study.seeds.items():
+        row: dict[str, object] = {"activation": name, "seeds": count}
+        for measure in MEASURES:
+            found = estimate(study.results[measure], {name: 1.0}, noise[measure])
+            low, high = found.interval()
+            row |= {measure: float(found.value), f"{measure}_low": low, f"{measure}_high": high}
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    frame.attrs["sd"] = {measure: float(one.sd) for measure, one in noise.items()}
+    return frame
+
+
+def claims_table(study: Study, claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame:
+    """The verdicts: one row for each pair of a claim of which both activations are there.
+
+    Returns:
+        Columns claim, measure, first, second, seeds ("3 / 3"), published (difference of the
+        thesis' figures; robust: of the predicted-label kind), difference, low, high (95 %, this
+        pair alone; fractions), p_different and p_equal (corrected within the claim), verdict (of
+        `WORDS`), why (of an undecided one).
+    """
+    noise = {measure: spread(x) for measure, x in study.results.items()}
+    tables = [_verdicts(claim, study, noise[claim.measure]) for claim in claims]
+    tables = [table for table in tables if len(table)]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _verdicts(claim: Claim, study: Study, noise: Spread) -> pd.DataFrame:
+    results, seeds = study.results[claim.measure], study.seeds
+    pairs = [pair for pair in claim.pairs if seeds.keys() >= set(pair)]
+    found = [difference(results, *pair, noise) for pair in pairs]
+    said, p_different, p_equal = verdicts(
+        [float(one.value) for one in found],
+        [float(one.p_different) for one in found],
+        [float(one.p_equal()) for one in found],
+    )
+    rows = []
+    for (first, second), one, verdict in zip(pairs, found, said, strict=True):
+        low, high = one.interval()
+        rows.append(
+            {
+                "claim": claim.text,
+                "measure": claim.measure,
+                "first": first,
+                "second": second,
+                "seeds": f"{seeds[first]} / {seeds[second]}",
+                "published": _published(first, second, study.architecture, claim.measure),
+                "difference": float(one.value),
+                "low": float(low),
+                "high": float(high),
+                "verdict": WORDS[claim.measure, verdict],
+                "why": _why(one, noise, len(pairs)) if verdict == UNDECIDED else "",
+            }
+        )
+    return pd.DataFrame(rows).assign(p_different=p_different, p_equal=p_equal)
+
+
+def _published(first: str, second: str, architecture: str, measure: str) -> float:
+    found = [STUDIED[name].published.get(architecture) for name in (first, second)]
+    if None in found:
+        return np.nan
+    above, below = (figures[MEASURES.index(measure)] for figures in found)
+    return above - below
+
+
+def _why(found: Estimate, noise: Spread, comparisons: int) -> str:
+    """Why nothing is said of a pair."""
+    if noise.df == 0:
+        return "one seed each: how far trainings of one activation differ is not known"
+    low, high = found.interval()
+    if found.p_different < 0.05 or found.p_equal() < 0.05:
+        return f"not after the correction for {comparisons} comparisons"
+    return f"± {100 * (high - low) / 2:.1f} points are too wide"

@@ -1,0 +1,186 @@
+"""Claims get their verdicts from the result files of several seeds."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kaf_study import InputError, compare
+from kaf_study.activations import STUDIED
+from kaf_study.claims import CLAIMS, Claim, claims_table, means, studies
+from kaf_study.records import Evaluation, read_results, standard_error
+
+N = 1000
+SWISH_ABOVE_RELU = Claim("Swish above ReLU", "robust", (("swish", "relu"),))
+
+
+def add_network(root, activation, seed, stands, *, correct=700, epochs=15, name=None):
+    """A model folder whose result has the first `correct` images right, and `stands` robust."""
+    folder = root / (name or f"net_{activation}_seed{seed}")
+    settings = {
+        "dataset": "cifar10",
+        "architecture": "resnet20",
+        "activation": activation,
+        "epochs": epochs,
+        "epsilon": 8 / 255,
+        "optimizer": "sgd",
+        "seed": seed,
+    }
+    record = {
+        "settings": settings,
+        "results": {"parameters": 294922, "epochs_trained": epochs},
+        "seconds": 240.3,
+        "model_sha256": "ab",
+    }
+    folder.mkdir(parents=True)
+    (folder / "training.json").write_text(json.dumps(record))
+    index = np.arange(N)
+    clean = index < correct
+    robust = clean & np.isin(index, stands)
+    images = pd.DataFrame(
+        {
+            "index": index,
+            "label": 0,
+            "clean_prediction": np.where(clean, 0, 1),
+            "adversarial_prediction": np.where(robust, 0, 1),
+            "restart": pd.array(np.where(clean & ~robust, 1, None), dtype="Int64"),
+            "iteration": pd.array(np.where(clean & ~robust, 1, None), dtype="Int64"),
+            "linf": 8 / 255,
+        }
+    )
+    summary = {
+        "format": "robustness-1",
+        "name": f"pgd-50-10-true-n{N}",
+        "model": folder.name,
+        "labels": "true",
+        "protocol": "PGD-50-10",
+        "attack": {
+            "name": "pgd", "epsilon": 8 / 255, "alpha": 2 / 255, "steps": 50, "restarts": 10,
+        },
+        "dataset": {"name": "cifar10", "fingerprint": "f"},
+        "n": N,
+        "clean_accuracy": clean.mean(),
+        "clean_standard_error": standard_error(clean.mean(), N),
+        "robust_accuracy": robust.mean(),
+        "robust_standard_error": standard_error(robust.mean(), N),
+        "seed": 0,
+        "model_sha256": "ab",
+    }  # fmt: skip
+    Evaluation(images, summary).write(folder / "robustness")
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Three seeds of each: ReLU stands on about 400 images, Swish on 60 more, KAF as ReLU."""
+    for seed in range(3):
+        add_network(tmp_path, "relu", seed, range(400 + seed))
+        add_network(tmp_path, "swish", seed, range(460 - seed), correct=702)
+        add_network(tmp_path, "kaf", seed, range(401 - seed), correct=701 - seed)
+    return tmp_path
+
+
+def verdicts_of(root, claims=CLAIMS):
+    (study,) = studies(read_results(root))
+    table = claims_table(study, claims)
+    return table.set_index(["measure", "first", "second"])
+
+
+def test_every_activation_of_a_claim_is_in_the_table():
+    for claim in CLAIMS:
+        assert claim.pairs and all(set(pair) <= set(STUDIED) for pair in claim.pairs)
+        assert "kwta" not in {name for pair in claim.pairs for name in pair}
+    pairs = {claim.text: claim.pairs for claim in CLAIMS}
+    assert ("kaf_elu", "elu") in pairs["A KAF that starts as X is more robust than X"]
+    assert ("kaf_on_swish", "swish") in pairs["A KAF on X is more robust than X"]
+    assert ("kaf_on_relu", "relu") not in pairs["Smooth activations are more robust than ReLU"]
+
+
+def test_verdicts_are_of_means_over_seeds(models):
+    table = verdicts_of(models)
+    swish = table.loc[[("robust", "swish", "relu")]].iloc[0]
+    assert swish["difference"] == pytest.approx((459 - 401) / N)
+    assert swish["low"] < swish["difference"] < swish["high"] and swish["low"] > 0
+    assert (swish["verdict"], swish["seeds"]) == ("more robust", "3 / 3")
+    assert swish["published"] == pytest.approx(0.5388 - 0.5017)
+    kaf = table.loc[[("robust", "kaf", "relu")]].iloc[0]
+    assert kaf["difference"] == pytest.approx(-1 / N) and kaf["verdict"] == "equal within 1 point"
+    clean = table.loc[[("clean", "kaf", "relu")]].iloc[0]
+    assert clean["difference"] == 0 and clean["verdict"] == "equal within 1 point"
+    assert clean["published"] == pytest.approx(0.7808 - 0.7752)
+    assert "elu" not in table.index.get_level_values("first")
+
+
+def test_the_other_way_round_is_less_robust(models):
+    claim = Claim("ReLU above Swish", "robust", (("relu", "swish"),))
+    assert verdicts_of(models, [claim])["verdict"].tolist() == ["less robust"]
+
+
+def test_one_seed_of_each_is_undecided_and_says_why(tmp_path):
+    add_network(tmp_path, "relu", 0, range(300))
+    add_network(tmp_path, "swish", 0, range(500))
+    table = verdicts_of(tmp_path, [SWISH_ABOVE_RELU])
+    (row,) = table.itertuples()
+    assert row.verdict == "undecided" and "one seed each" in row.why
+    assert row.difference == pytest.approx(0.2) and row.low == -np.inf
+
+
+def test_wide_intervals_are_undecided_and_say_how_wide(models, tmp_path):
+    for seed, stands in enumerate((350, 460, 480), start=3):
+        add_network(tmp_path, "swish", seed, range(stands))
+    (row,) = verdicts_of(models, [SWISH_ABOVE_RELU]).itertuples()
+    assert (
+        row.verdict == "undecided"
+        and row.why == f"± {50 * (row.high - row.low):.1f} points are too wide"
+    )
+
+
+def test_means_have_intervals_and_the_spread_between_seeds(models):
+    (study,) = studies(read_results(models))
+    table = means(study).set_index("activation")
+    assert list(table.index) == ["relu", "swish", "kaf"]  # in the order of the study's tables
+    assert table.loc["relu", "robust"] == pytest.approx(0.401)
+    assert table.loc["relu", "robust_low"] < 0.401 < table.loc["relu", "robust_high"]
+    # Each activation's seeds differ by 1 image: variance 1 (robust, of three); 0, 0, 1 (clean).
+    assert means(study).attrs["sd"]["robust"] == pytest.approx(1 / N)
+    assert means(study).attrs["sd"]["clean"] == pytest.approx(np.sqrt(1 / 3) / N)
+
+
+def test_networks_trained_otherwise_are_another_study(models):
+    add_network(models, "relu", 0, range(500), epochs=30, name="longer")
+    found = {study.models[0].settings["epochs"]: study for study in studies(read_results(models))}
+    assert found[15].seeds == {"relu": 3, "swish": 3, "kaf": 3} and found[30].seeds == {"relu": 1}
+
+
+def test_a_seed_that_is_there_twice_is_refused(models):
+    add_network(models, "relu", 1, range(500), name="again")
+    with pytest.raises(InputError, match="both relu, seed 1") as error:
+        studies(read_results(models))
+    assert "again" in str(error.value) and "net_relu_seed1" in str(error.value)
+
+
+def test_compare_shows_claims_of_several_seeds(models, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    names = ("table", "paired", "claims")
+    readme.write_text("".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in names))
+    command = [str(models), "--out", str(tmp_path / "out"), "--into", str(readme)]
+    assert compare.main(command) == 0
+    printed, written = capsys.readouterr().out, (tmp_path / "out" / "comparison.md").read_text()
+    (row,) = [
+        line
+        for line in readme.read_text().splitlines()
+        if "| +5.8 |" in line and "Swish is" in line
+    ]
+    assert row.startswith("| Swish is the most robust | Swish | ReLU | 3 / 3 | +3.7 | +5.8 |")
+    assert row.endswith("| more robust |") and row in written
+    assert "standard deviation: clean 0.06, robust 0.10 points" in printed
+    saved = pd.read_csv(tmp_path / "out" / "claims.csv")
+    assert set(saved["verdict"]) == {"more robust", "equal within 1 point"}
+
+
+def test_compare_shows_no_claims_of_single_seeds(tmp_path, capsys):
+    add_network(tmp_path, "relu", 0, range(300))
+    add_network(tmp_path, "swish", 0, range(500))
+    assert compare.main([str(tmp_path)]) == 0
+    assert "claim" not in capsys.readouterr().out
