@@ -131,10 +131,10 @@ def images_of(
 
 def build_network(config: TrainConfig) -> keras.Model:
     """The network to be trained, of Keras' own layers (and Kaf)."""
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     if config.architecture.startswith("resnet"):
         kwargs = {"l2": config.l2, "kernel_initializer": config.kernel_initializer}
-    changed = {}
+    changed: dict[str, Any] = {}
     if config.activation.startswith("kaf") and config.dictionary_size != DICTIONARY_SIZE:
         changed = {"D": config.dictionary_size}
     elif config.kwta_anneal_from is not None:
