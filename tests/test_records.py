@@ -405,6 +405,8 @@ with replacing(Path(sys.argv[1])) as temporary:
     path.write_bytes(b"before")
     subprocess.run([sys.executable, "-c", program, path])
     assert path.read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 2
+    path.write_bytes(b"{}")
+    assert read_results(tmp_path).empty  # what is half written is not looked at
     write_atomically(path, b"after")
     assert path.read_bytes() == b"after" and list(tmp_path.iterdir()) == [path]
 

@@ -64,15 +64,15 @@ class Checkpoint(keras.callbacks.Callback):
         # model.variables: weights, batch-norm statistics and states of the random generators
         return [*model.variables, *model.optimizer.variables]
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         here = {"versions": versions(), "hardware": hardware()}
         self.processes.append({"first_epoch": len(self.history)} | here)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self.started = time.perf_counter()
 
-    def on_epoch_end(self, epoch, logs=None):
-        row = {"epoch": epoch, **{k: float(v) for k, v in logs.items()}}
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        row = {"epoch": epoch, **{k: float(v) for k, v in (logs or {}).items()}}
         values = [keras.ops.convert_to_numpy(v) for v in self._variables(self.model)]
         # The last batch of an epoch can spoil the weights without a trace in the loss.
         if not (math.isfinite(row["loss"]) and are_finite(values)):

@@ -216,11 +216,10 @@ def with_training(results: pd.DataFrame) -> pd.DataFrame:
                 "evaluate the model again with --force"
             )
     labels = model_labels(list(models.values()))
-    return results.assign(
-        label=[
-            labels[models[r.folder].folder] if r.folder in models else r.model or r.folder
-            for r in results.itertuples()
-        ],
-        activation=[models[f].activation if f in models else None for f in results["folder"]],
-        training=[models.get(folder) for folder in results["folder"]],
-    )
+    columns: dict[str, list[Any]] = {"label": [], "activation": [], "training": []}
+    for row in results.itertuples():
+        model = models.get(row.folder)
+        columns["label"].append(labels[model.folder] if model else row.model or row.folder)
+        columns["activation"].append(model.activation if model else None)
+        columns["training"].append(model)
+    return results.assign(**columns)

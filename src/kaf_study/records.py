@@ -484,7 +484,8 @@ def read_results(*folders: Path | str) -> pd.DataFrame:
     columns that end in `_predicted_labels` unless labels are predicted; folder is the model folder
     or, for other models, the folder of results; path is the .json file.
     """
-    paths = sorted({p for folder in folders for p in Path(folder).rglob("*.json")})
+    # Hidden ones are what a killed process had not finished writing.
+    paths = sorted({p for folder in folders for p in Path(folder).rglob("[!.]*.json")})
     rows = []
     for path in {p.resolve(): p for p in paths}.values():  # each file once, however it is named
         content = read_json(path)

@@ -131,10 +131,10 @@ def images_of(
 
 def build_network(config: TrainConfig) -> keras.Model:
     """The network to be trained, of Keras' own layers (and Kaf)."""
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     if config.architecture.startswith("resnet"):
         kwargs = {"l2": config.l2, "kernel_initializer": config.kernel_initializer}
-    changed = {}
+    changed: dict[str, Any] = {}
     if config.activation.startswith("kaf") and config.dictionary_size != DICTIONARY_SIZE:
         changed = {"D": config.dictionary_size}
     elif config.kwta_anneal_from is not None:
@@ -248,7 +248,7 @@ def reestimate_batch_norm(model: keras.Model, batches: tf.data.Dataset) -> None:
     layers = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
     momenta = [layer.momentum for layer in layers]
 
-    def keep(share):
+    def keep(share: float) -> None:
         """How much of the statistics so far the next batch leaves."""
         for layer in layers:
             layer.momentum = share
@@ -269,8 +269,9 @@ def reestimate_batch_norm(model: keras.Model, batches: tf.data.Dataset) -> None:
 class Measurement(RobustnessProbe):
     """The probe of ordinary training: there PGD accuracy falls to 0, and nothing is to be done."""
 
-    def on_epoch_end(self, epoch, logs=None):
-        logs.update(self.accuracies())
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if logs is not None:
+            logs.update(self.accuracies())
 
 
 def measured(
