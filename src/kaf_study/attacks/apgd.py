@@ -58,6 +58,13 @@ def checkpoints(steps: int) -> list[int]:
     return [math.ceil(round(fraction * steps, 9)) for fraction in p if fraction <= 1]
 
 
+def likeliest_other(logits: np.ndarray, y: np.ndarray, rank: int) -> np.ndarray:
+    """The class (B,) that is `rank`-th likeliest (from 1) of those other than y (B,)."""
+    others = logits.copy()
+    others[np.arange(len(y)), y] = -np.inf
+    return np.argsort(-others, axis=-1, kind="stable")[:, rank - 1]
+
+
 class APGD(BatchAttack):
     """Auto-PGD in the L-inf ball, on each image with its own step size.
 
@@ -94,9 +101,7 @@ class APGD(BatchAttack):
     def _targets(self, x, y, restart):
         if not self.is_targeted:
             return y
-        logits = self.classifier.predict(x)
-        logits[np.arange(len(y)), y] = -np.inf
-        return np.argsort(-logits, axis=-1, kind="stable")[:, restart - 1]
+        return likeliest_other(self.classifier.predict(x), y, restart)
 
     def look(self, state):
         loss, logits, gradient = self._loss_logits_gradient(
