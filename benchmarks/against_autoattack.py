@@ -81,7 +81,14 @@ def torch_network(kept):
         stride = 2 if index in (3, 6) else 1
         skip = conv_parameters() if stride == 2 else None
         blocks.append(
-            (stride, skip, conv_parameters(), norm_parameters(), conv_parameters(), norm_parameters())
+            (
+                stride,
+                skip,
+                conv_parameters(),
+                norm_parameters(),
+                conv_parameters(),
+                norm_parameters(),
+            )
         )
 
     def network(x):
@@ -179,8 +186,8 @@ def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
     import keras
 
     import kaf_study  # noqa: F401
+    from kaf_study.attacks.classifier import CompiledClassifier
     from kaf_study.attacks.fab import FAB
-    from kaf_study.attacks.pgd import CompiledClassifier
 
     kept = np.load(file)
     model = keras.saving.load_model(Path(str(kept["folder"])) / "model.keras", compile=False)

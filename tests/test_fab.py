@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 from scipy.optimize import linprog
 
+from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.fab import FAB, SEARCH_STEPS, to_hyperplane
-from kaf_study.attacks.pgd import CompiledClassifier
 
 SHAPE, CLASSES, N = (4, 4, 3), 5, 24
 PIXELS = int(np.prod(SHAPE))
