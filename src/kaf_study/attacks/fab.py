@@ -13,28 +13,21 @@ at its r-th likeliest other class.
 """
 
 import numpy as np
-import tensorflow as tf
 
-from kaf_study.attacks.apgd import likeliest_other
+from kaf_study.attacks.apgd import likeliest_other, logit_difference
 from kaf_study.attacks.loop import BatchAttack, per_image
 
-# Section 3 and appendix of the paper; AutoAttack has the same values for L-inf.
+# The paper's settings for L-inf, which AutoAttack has as well
 ALPHA_MAX = 0.1  # most that the clean image's side of the average weighs
 ETA = 1.05  # overshooting past the hyperplane
 BETA = 0.9  # what is left of a misclassified iterate's perturbation after the backward step
 SEARCH_STEPS = 3  # of the final search
 
 
-def logit_difference(logits, y, target):
-    """(B,): z_target - z_y, positive where the target is ahead of the label."""
-    z_y, z_t = (tf.gather(logits, c, batch_dims=1) for c in (y, target))
-    return z_t - z_y
-
-
 def to_hyperplane(x, normal, value):
     """The smallest change, in L-inf, that brings x onto a hyperplane without leaving [0, 1].
 
-    Equation 4 of the paper, solved exactly: every pixel moves by lambda in its helpful direction,
+    The paper's projection, solved exactly: every pixel moves by lambda in its helpful direction,
     or as far as it can; lambda is the root of a concave, piecewise linear function, which Newton's
     method reaches from the left, each step finding more pixels at their end.
 

@@ -88,6 +88,13 @@ ATTACKS = {
         is_targeted=True,
         arguments={"name": "apgd-t"},
     ),
+    "margin-t": Attack(
+        "kaf_study.attacks.rapid: a short look at each target, a long one where it came near",
+        "rapid.TwoLooks",
+        steps=100,  # of the long look
+        restarts=3,  # as in apgd-t
+        is_targeted=True,
+    ),
     "fab-t": Attack(
         "kaf_study.attacks.fab",
         "fab.FAB",
@@ -120,6 +127,11 @@ ATTACKS = {
         "standard AutoAttack (Croce & Hein 2020), each member on what the ones before left",
         restarts=None,
         members=(("apgd-ce", {}), ("apgd-t", {}), ("fab-t", {}), ("square-5000", {})),
+    ),
+    "rapid": Attack(
+        "not AutoAttack: PGD, then each of three targets, on what the ones before left standing",
+        restarts=None,
+        members=(("pgd", {"steps": 10, "restarts": 1}), ("margin-t", {})),
     ),
     "suite": Attack(
         "each member on what the ones before left standing",
