@@ -145,13 +145,14 @@ def evaluate(
     x, y = _check_images(x, y)
     data = fingerprint(x, y)
     classifier, outputs, clean = _classifier(model, x, y, subject.classes, execution.batch_size)
-    attacks = [member.made_for(classifier) for member in settings.members]
+    members = settings.members_for(classifier.nb_classes)
+    units = _units(members, classifier)
 
     key = _key(settings, data, subject.model_sha256, clean)
-    state = _State.resume(execution, key) or _State.start(key, x, clean, len(attacks))
+    state = _State.resume(execution, key) or _State.start(key, x, clean, len(members))
     if execution.partial is not None:
         make_writable(Path(execution.partial).parent)  # or a restart would be attacked in vain
-    _run_attacks(attacks, x, y, clean, settings, state, execution)
+    _run_attacks(units, x, y, clean, settings, state, execution)
 
     linf = check_perturbation(x, state.x_adv, settings.epsilon)
     if fingerprint(x, y) != data:
@@ -160,7 +161,7 @@ def evaluate(
 
     images = _image_table(y, clean, settings, state, linf)
     counted = Evaluation(images, {}, state.x_adv)
-    summary = _summary(settings, counted, state, subject, data, execution.batch_size) | {
+    summary = _summary(settings, members, counted, state, subject, data, execution.batch_size) | {
         "outputs": outputs,
         # Not 0: float rounding at a decision boundary, or (if many) a randomised model.
         "attacked_predictions_not_reproduced": int((again != state.prediction).sum()),
@@ -244,17 +245,20 @@ def _check_input_shape(model, image_shape):
         )
 
 
-def _units(settings: AttackSettings) -> list[tuple[AttackSettings, int, int]]:
-    """What is run, and saved when done: (member, its number, restart), in order."""
+def _units(
+    members: tuple[AttackSettings, ...], classifier: CompiledClassifier
+) -> list[tuple[BatchAttack, int, int]]:
+    """What is run, and saved when done: (attack, number of its member, restart), in order."""
+    attacks = [member.made_for(classifier) for member in members]
     return [
-        (member, number, restart)
-        for number, member in enumerate(settings.members)
+        (attacks[number], number, restart)
+        for number, member in enumerate(members)
         for restart in range(1, int(member.restarts or 0) + 1)
     ]
 
 
 def _run_attacks(
-    attacks: list[BatchAttack],
+    units: list[tuple[BatchAttack, int, int]],
     x: np.ndarray,
     y: np.ndarray,
     clean: np.ndarray,
@@ -267,10 +271,8 @@ def _run_attacks(
     targets = y if is_true else clean
     # True labels: an image that is wrong when clean is lost already.
     standing = (clean == y if is_true else np.ones(len(x), bool)) & (state.felled_by < 0)
-    units = _units(settings)
     meter = _Meter(execution.progress, units, standing, state)
-    for _, number, restart in units[state.units_done :]:
-        attack = attacks[number]
+    for attack, number, restart in units[state.units_done :]:
         began, calls = time.monotonic(), attack.classifier.gradient_calls
         index = np.flatnonzero(standing)
         run = attack.run(
@@ -296,7 +298,7 @@ class _Meter:
     def __init__(self, progress, units, standing, state):
         self.progress, self.state = progress, state
         self.standing = int(standing.sum())
-        self.lengths = [int(member.steps or 0) + 1 for member, *_ in units]
+        self.lengths = [attack.steps + 1 for attack, *_ in units]
         self.total = self.standing * sum(self.lengths[state.units_done :])
         self.done = 0
 
@@ -402,11 +404,11 @@ def _image_table(y, clean, settings, state, linf):
     return images
 
 
-def _members(settings: AttackSettings, result: Evaluation, state: _State) -> list[dict]:
+def _members(members: tuple[AttackSettings, ...], result: Evaluation, state: _State) -> list[dict]:
     """What each member of a suite was, met and felled."""
     standing = int(np.sum(result.is_clean))
     rows = []
-    for number, member in enumerate(settings.members):
+    for number, member in enumerate(members):
         fell = int((state.felled_by == number).sum())
         rows.append(
             {
@@ -426,6 +428,7 @@ def _members(settings: AttackSettings, result: Evaluation, state: _State) -> lis
 
 def _summary(
     settings: AttackSettings,
+    members: tuple[AttackSettings, ...],
     result: Evaluation,
     state: _State,
     subject: Subject,
@@ -443,8 +446,8 @@ def _summary(
         "restarts": settings.restarts,
         "batch_size": batch_size,
     }
-    if len(settings.members) > 1:
-        attack["members"] = _members(settings, result, state)
+    if len(members) > 1:
+        attack["members"] = _members(members, result, state)
     return {
         "format": FORMAT,
         "name": settings.stem(n, subject.dataset),

@@ -43,11 +43,19 @@ def targeted_difference_of_logits_ratio(
     return -(z_y - z_t) / (ranked[:, 0] - (ranked[:, 2] + ranked[:, 3]) / 2 + 1e-12)
 
 
+def logit_difference(logits: tf.Tensor, y: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+    """(B,): z_target - z_y, positive where the target is ahead of the label."""
+    z_y, z_t = (tf.gather(logits, c, batch_dims=1) for c in (y, target))
+    return z_t - z_y
+
+
 LOSSES = {
     "apgd-ce": cross_entropy,
     "apgd-dlr": difference_of_logits_ratio,
     "apgd-t": targeted_difference_of_logits_ratio,
+    "apgd-margin": logit_difference,
 }
+TARGETED = ("apgd-t", "apgd-margin")
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -58,27 +66,38 @@ def checkpoints(steps: int) -> list[int]:
     return [math.ceil(round(fraction * steps, 9)) for fraction in p if fraction <= 1]
 
 
+def likeliest_other(logits: np.ndarray, y: np.ndarray, rank: int) -> np.ndarray:
+    """The class (B,) that is `rank`-th likeliest (from 1) of those other than y (B,)."""
+    others = logits.copy()
+    others[np.arange(len(y)), y] = -np.inf
+    return np.argsort(-others, axis=-1, kind="stable")[:, rank - 1]
+
+
 class APGD(BatchAttack):
     """Auto-PGD in the L-inf ball, on each image with its own step size.
 
     Args:
-        name: a key of LOSSES. "apgd-t": restart r aims at the class that is r-th likeliest of the
-            others for the clean image.
+        name: a key of LOSSES. Of TARGETED, restart r aims at the class that is r-th likeliest of
+            the others for the clean image.
     """
 
     def __init__(self, classifier: CompiledClassifier, name: str, *, epsilon: float, steps: int):
         super().__init__(classifier, epsilon=epsilon, steps=steps)
-        self.is_targeted = name == "apgd-t"
+        self.is_targeted = name in TARGETED
         self._loss_logits_gradient = classifier.differentiable(LOSSES[name])
         self.checkpoints = checkpoints(steps)
 
     def begin(self, x, y, images, restart, seed):
-        x_adv = random_starts(x, images, epsilon=self.epsilon, seed=seed, restart=restart)
+        start = random_starts(x, images, epsilon=self.epsilon, seed=seed, restart=restart)
+        return self.begin_at(start, x, y, self._targets(x, y, restart))
+
+    def begin_at(self, x_adv, x, y, target):
+        """The state whose first points are x_adv (B, H, W, C)."""
         n = len(x)
         return {
             "x": x,
             "y": y,
-            "target": self._targets(x, y, restart),
+            "target": target,
             "x_adv": x_adv,
             "x_before": x_adv,
             "step": np.full(n, 2 * self.epsilon, "float32"),
@@ -94,9 +113,7 @@ class APGD(BatchAttack):
     def _targets(self, x, y, restart):
         if not self.is_targeted:
             return y
-        logits = self.classifier.predict(x)
-        logits[np.arange(len(y)), y] = -np.inf
-        return np.argsort(-logits, axis=-1, kind="stable")[:, restart - 1]
+        return likeliest_other(self.classifier.predict(x), y, restart)
 
     def look(self, state):
         loss, logits, gradient = self._loss_logits_gradient(

@@ -7,7 +7,7 @@ TensorFlow: commands check what they were given before they import it.
 import importlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,7 +88,29 @@ ATTACKS = {
         is_targeted=True,
         arguments={"name": "apgd-t"},
     ),
+    "margin-t": Attack(
+        "kaf_study.attacks.rapid: a short look at each target, a long one where it came near",
+        "rapid.TwoLooks",
+        steps=100,  # of the long look
+        restarts=3,  # as in apgd-t
+        is_targeted=True,
+    ),
+    "fab-t": Attack(
+        "kaf_study.attacks.fab",
+        "fab.FAB",
+        steps=100,
+        restarts=9,  # as in apgd-t
+        is_random=False,
+        is_targeted=True,
+    ),
     "square": Attack("kaf_study.attacks.square", "square.Square", steps=1000),  # queries
+    "square-5000": Attack(
+        "kaf_study.attacks.square, the first half of the schedule for 10,000 queries",
+        "square.Square",
+        steps=5000,
+        most_steps=10_000,
+        arguments={"scheduled": 10_000},
+    ),
     "deepfool": Attack(
         "kaf_study.attacks.deepfool (L2), its points cut to the L-inf ball",
         "deepfool.DeepFool",
@@ -100,6 +122,16 @@ ATTACKS = {
         "carlini_wagner.CarliniWagner",
         steps=40,
         is_random=False,
+    ),
+    "autoattack": Attack(
+        "standard AutoAttack (Croce & Hein 2020), each member on what the ones before left",
+        restarts=None,
+        members=(("apgd-ce", {}), ("apgd-t", {}), ("fab-t", {}), ("square-5000", {})),
+    ),
+    "rapid": Attack(
+        "not AutoAttack: PGD, then each of three targets, on what the ones before left standing",
+        restarts=None,
+        members=(("pgd", {"steps": 10, "restarts": 1}), ("margin-t", {})),
     ),
     "suite": Attack(
         "each member on what the ones before left standing",
@@ -147,7 +179,7 @@ class AttackSettings:
             check_between("alpha", self.alpha, "--step", least_is_in=False)
         if not own.members:
             check_count(f"steps of {self.attack}", self.steps, 1, own.most_steps)
-            most = MOST_RESTARTS if own.is_random else 1
+            most = MOST_RESTARTS if own.is_random or own.is_targeted else 1
             check_count(f"restarts of {self.attack}", self.restarts, 1, most)
         check_count("seed", self.seed, 0, MOST_SEED)
         if self.seed and not own.is_random:
@@ -182,6 +214,17 @@ class AttackSettings:
             )
             for name, changed in ATTACKS[self.attack].members
         ) or (self,)
+
+    def members_for(self, classes: int) -> tuple["AttackSettings", ...]:
+        """`members`; in a suite none aims at more targets than a model of so many classes has."""
+        if not ATTACKS[self.attack].members:
+            return (self,)
+        return tuple(
+            replace(member, restarts=min(int(member.restarts or 0), classes - 1))
+            if ATTACKS[member.attack].is_targeted
+            else member
+            for member in self.members
+        )
 
     def made_for(self, classifier: "CompiledClassifier") -> "BatchAttack":
         """This attack (no suite) on a `CompiledClassifier`, or why its model cannot be attacked so.
