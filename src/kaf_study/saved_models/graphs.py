@@ -3,7 +3,7 @@
 What an attack needs is then plain to see in the nodes: the operation at the end (a softmax, whose
 input are the logits), the precision (float16 saturates early), and custom gradients that TensorFlow
 can replace by the derivative of the forward graph. A graph is only taken if it gives what the model
-itself gives; a model that is none (it draws random numbers, looks up tables) stays as it is.
+itself gives; a model that is none (it writes to variables, looks up tables) stays as it is.
 """
 
 import shutil
@@ -23,7 +23,7 @@ from kaf_study import InputError
 from kaf_study.saved_models.archives import one_line
 
 # Operations at the end of a classifier that squash its logits, and keep their order.
-SQUASHING = {"Softmax": "softmax", "Sigmoid": "sigmoid", "Tanh": "tanh", "LogSoftmax": None}
+SQUASHING = {"Softmax": "softmax", "Sigmoid": "sigmoid", "Tanh": "tanh"}
 HALF = {types_pb2.DT_HALF: "float16", types_pb2.DT_BFLOAT16: "bfloat16"}
 CUSTOM_GRADIENT = "_gradient_op_type"
 
@@ -57,7 +57,6 @@ class Graph:
         node = self._nodes[_node_name(self.input)]
         dtype = tf.as_dtype(node.attr["dtype"].type)
 
-        @tf.function(input_signature=[tf.TensorSpec(self.input_shape, tf.float32)])
         def function(x):
             (outputs,) = tf.graph_util.import_graph_def(
                 self.graph_def,
@@ -67,7 +66,7 @@ class Graph:
             )
             return tf.cast(outputs, tf.float32)
 
-        return function
+        return tf.compat.v1.wrap_function(function, [tf.TensorSpec(self.input_shape, tf.float32)])
 
     @cached_property
     def _nodes(self):
@@ -84,9 +83,10 @@ class Graph:
                 name = node.input[_output_number(name)]
             else:
                 break
-        if SQUASHING.get(node.op) is None:
+        if node.op not in SQUASHING:
             return self, None
-        return replace(self, output=node.input[0]), SQUASHING[node.op]
+        logits = f"{_node_name(node.input[0])}:{_output_number(node.input[0])}"
+        return replace(self, output=logits), SQUASHING[node.op]
 
     @property
     def precision(self) -> str | None:
@@ -194,12 +194,12 @@ def attackable(concrete, argument: str | None = None) -> tuple[Callable, list[st
     half = graph.precision
     if half is None:
         return graph, []
+    raised, x = graph.in_float32(), _images(shape)
     try:
-        raised = graph.in_float32()
-        raised(_images(shape))
+        is_possible = raised(x).shape == graph(x).shape
     except Exception:  # an operation that does not exist in float32
-        return graph, [STAYS_HALF.format(half)]
-    return raised, [RAISED.format(half)]
+        is_possible = False
+    return (raised, [RAISED.format(half)]) if is_possible else (graph, [STAYS_HALF.format(half)])
 
 
 def _tensors(structure):
@@ -376,6 +376,7 @@ def _keep_called(meta):
                 node.user_object.identifier = "_generic_user_object"
     meta.graph_def.CopyFrom(
         graph_pb2.GraphDef(
+            node=[node for node in meta.graph_def.node if node.op == "Const"],  # captured by some
             versions=meta.graph_def.versions,
             library=function_pb2.FunctionDefLibrary(
                 function=[function for name, function in functions.items() if name in needed],

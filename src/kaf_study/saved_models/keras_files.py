@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -263,6 +264,7 @@ def _load_weights(file, network):
     )
     try:
         model.load_weights(file)
+        _refuse_unread(file, model)
     except Exception as error:  # Keras and h5py raise several types
         raise InputError(
             f"the weights in {str(file)!r} are not those of {network.architecture} with "
@@ -270,6 +272,23 @@ def _load_weights(file, network):
         ) from None
     _check(file, model, model.weights)
     return model
+
+
+def _refuse_unread(file, model):
+    """Keras reads the weights it needs and is silent about others in the file."""
+
+    def arrays(path):
+        found = []
+        with h5py.File(path) as h5:
+            h5.visititems(lambda name, part: found.append((name, isinstance(part, h5py.Dataset))))
+        return {name for name, is_array in found if is_array and name.startswith("layers/")}
+
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "own.weights.h5"
+        model.save_weights(own)
+        unread = sorted(arrays(file) - arrays(own))
+    if unread:
+        raise ValueError(f"there is no place for {unread[0]}")
 
 
 def _check(file, model, weights):
