@@ -1,13 +1,17 @@
 """A model of another pixel range than [0, 1] is recognised, and attacked in pixels all the same."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
 
 from kaf_study import InputError
 from kaf_study.datasets import load
-from kaf_study.saved_models import PixelRange, Rescaled, logits_of, refuse_other_range
+from kaf_study.saved_models import PixelRange, logits_of
+from kaf_study.saved_models.pixel_range import Rescaled, refuse_other_range
 
+PATH = Path("network.keras")
 RANGES = (
     "0..255",
     "-1..1",
@@ -62,7 +66,7 @@ def test_model_of_another_range_is_refused_by_the_option_it_needs(name, digits):
     x, y = digits
     model = nearest_mean(fed(x, name), y)
     with pytest.raises(InputError) as error:
-        refuse_other_range(model, x, y)
+        refuse_other_range(PATH, model, x, y)
     # The two spreads that are in use for CIFAR-10 are nearly the same.
     assert f"--input={name.partition('.2470')[0]}" in str(error.value)
     assert "\n" not in str(error.value)
@@ -70,7 +74,7 @@ def test_model_of_another_range_is_refused_by_the_option_it_needs(name, digits):
 
 def test_model_of_pixels_in_0_to_1_passes(digits):
     x, y = digits
-    refuse_other_range(nearest_mean(x, y), x, y)
+    refuse_other_range(PATH, nearest_mean(x, y), x, y)
 
 
 def test_rescaling_inside_is_found_where_accuracy_hardly_tells(digits):
@@ -80,9 +84,9 @@ def test_rescaling_inside_is_found_where_accuracy_hardly_tells(digits):
     dense = model.layers[-1]
     dense.set_weights([dense.get_weights()[0], 255 * dense.get_weights()[1] / 255])
     with pytest.raises(InputError, match=r"Rescaling\(1/255\) inside .* --input=0..255"):
-        refuse_other_range(model, x, y)
+        refuse_other_range(PATH, model, x, y)
     before = keras.layers.Rescaling(255)  # which undoes it: such a model takes [0, 1]
-    refuse_other_range(nearest_mean(x, y, before, inside), x, y)
+    refuse_other_range(PATH, nearest_mean(x, y, before, inside), x, y)
 
 
 def test_logits_of_a_rescaled_model_take_images_in_0_to_1(digits):

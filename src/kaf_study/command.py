@@ -61,6 +61,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         "--n", type=int, help=f"first N test images ({DEFAULT_N}; {CHECK_N} to check)"
     )
     size.add_argument("--all", action="store_true", help="all test images")
+    add_model_options(parser)
     add_attack_options(parser)
     parser.add_argument("--batch-size", type=int, default=128, help="images at a time (128)")
     parser.add_argument("--out", metavar="DIR", help="results go to DIR/NAME/")
@@ -84,6 +85,44 @@ def parse(argv: list[str] | None = None) -> Namespace:
     )
     parser.add_argument("--force", action="store_true", help="repeat finished evaluations")
     return parser.parse_args(argv)
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """What a file does not say of its model: what `opening_of` reads."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import this first, for the layers it defines (repeatable)",
+    )
+    parser.add_argument(
+        "--input",
+        metavar="RANGE",
+        help="pixels it was trained on: 0..1 (default), 0..255, -1..1 (as --input=-1..1), or "
+        "mean=R,G,B,std=R,G,B; eps stays in 255ths of [0, 1]",
+    )
+    parser.add_argument(
+        "--architecture", metavar="NAME", help="of a file of weights alone: resnet20, ..."
+    )
+    parser.add_argument(
+        "--activation", metavar="NAME", help="of a file of weights alone: kaf, relu, ..."
+    )
+
+
+def opening_of(arguments: Namespace):
+    """How to open the models, as an `Opening`."""
+    from kaf_study.saved_models import Network, Opening, PixelRange
+
+    named = arguments.architecture, arguments.activation
+    if (named[0] is None) != (named[1] is None):
+        raise InputError("--architecture and --activation go together; give both, or neither")
+    return Opening(
+        imports=tuple(arguments.imports),
+        pixel_range=None if arguments.input is None else PixelRange.parse(arguments.input),
+        network=None if named[0] is None else Network(*named),
+    )
 
 
 def add_attack_options(parser: ArgumentParser) -> None:
@@ -200,12 +239,16 @@ def opened(arguments: Namespace, stack: ExitStack):
     from kaf_study import evaluation
     from kaf_study.saved_models import open_model
 
-    models = [stack.enter_context(open_model(path)) for path in arguments.models]
+    how = opening_of(arguments)
+    models = [stack.enter_context(open_model(path, how)) for path in arguments.models]
     refuse_clashes(models, arguments.out, evaluation.result_folder)
     names = {_dataset(model, arguments) for model in models}
     if arguments.data_dir is not None and "cifar10" not in names:
         raise InputError(f"--data-dir is for cifar10, not for {', '.join(names)}; leave it out")
-    return models, {name: test_images(name, arguments) for name in names}
+    data = {name: test_images(name, arguments) for name in names}
+    for model in models:
+        model.refuse_other_range(*data[_dataset(model, arguments)][:2])
+    return models, data
 
 
 def check(arguments: Namespace) -> bool:

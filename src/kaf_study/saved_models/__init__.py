@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from kaf_study import InputError
 from kaf_study.saved_models.archives import (
     file_sha256,
@@ -33,13 +35,20 @@ from kaf_study.saved_models.keras_files import (
     import_modules,
     load_keras,
 )
-from kaf_study.saved_models.outputs import HOW_ATTACKED, LOGITS, PROBABILITIES, logits_of
+from kaf_study.saved_models.outputs import (
+    HOW_ATTACKED,
+    LOGITS,
+    PROBABILITIES,
+    SQUASHED,
+    logits_of,
+)
 from kaf_study.saved_models.pixel_range import PixelRange, Rescaled, refuse_other_range
 
 __all__ = [
     "HOW_ATTACKED",
     "LOGITS",
     "PROBABILITIES",
+    "SQUASHED",
     "LoadedModel",
     "Network",
     "Opening",
@@ -48,7 +57,6 @@ __all__ = [
     "folder_sha256",
     "logits_of",
     "open_model",
-    "refuse_other_range",
     "unpack",
 ]
 
@@ -93,6 +101,15 @@ class LoadedModel:
         record = self.training or {}
         named = record.get("dataset") or record.get("settings", {}).get("dataset")
         return named.get("name") if isinstance(named, dict) else named
+
+    def refuse_other_range(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Refuse a model of unknown pixel range that another than [0, 1] fits much better.
+
+        Args:
+            x: images (N, H, W, C) in [0, 1]; a few hundred tell. y: true labels (N,).
+        """
+        if self.training is None and not isinstance(self.model, Rescaled):
+            refuse_other_range(self.path, self.model, x, y)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ against what the common ranges would give.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -86,20 +87,20 @@ class Rescaled:
         return getattr(self.model, "input_shape", None)
 
 
-def refuse_other_range(model: Callable, x: np.ndarray, y: np.ndarray) -> None:
+def refuse_other_range(path: Path, model: Callable, x: np.ndarray, y: np.ndarray) -> None:
     """Refuse a model that another of the common ranges fits much better than [0, 1].
 
     Args:
-        model: f(x, training=False), fed with [0, 1].
+        path: of the model, for the message.
+        model: f(x, training=False), fed with [0, 1]. One that cannot be called on such images is
+            left to the evaluation, which says why.
         x: images (N, H, W, C) in [0, 1]; the first 200 are looked at. y: true labels (N,).
     """
     x, y = x[:N], y[:N]
-    found = {}
-    for name in COMMON:
-        pixels = PixelRange.parse(name)
-        if len(pixels.scale) in (1, x.shape[-1]):
-            outputs = Rescaled(model, pixels)(tf.constant(x), training=False)
-            found[name] = np.asarray(outputs).argmax(axis=-1) == y
+    try:
+        found = {name: _correct(model, name, x, y) for name in COMMON}
+    except Exception:  # whatever a foreign model raises
+        return
     as_fed = found.pop("0..1")
     best = max(found, key=lambda name: found[name].sum())
     gained, lost = (int((a & ~b).sum()) for a, b in ((found[best], as_fed), (as_fed, found[best])))
@@ -109,10 +110,16 @@ def refuse_other_range(model: Callable, x: np.ndarray, y: np.ndarray) -> None:
         best, is_better, reason = "0..255", True, "has a Rescaling(1/255) inside and "
     if is_better:
         raise InputError(
-            f"the model {reason}classifies {found[best].mean():.1%} of {len(x)} images correctly "
-            f"when fed with {best}, {as_fed.mean():.1%} with 0..1: give --input={best}, or "
-            "--input=0..1 if that is what it was trained on"
+            f"{str(path)!r} {reason}classifies {found[best].mean():.1%} of {len(x)} images "
+            f"correctly when fed with {best}, {as_fed.mean():.1%} with 0..1: give --input={best}, "
+            "or --input=0..1 if that is what it was trained on"
         )
+
+
+def _correct(model, name, x, y):
+    """Which images (N,) are classified correctly when fed in a range."""
+    outputs = Rescaled(model, PixelRange.parse(name))(tf.constant(x), training=False)
+    return np.asarray(outputs).argmax(axis=-1) == y
 
 
 def has_rescaling(model: Callable) -> bool:
