@@ -1,13 +1,16 @@
 """A model of another pixel range than [0, 1] is recognised, and attacked in pixels all the same."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 
-from kaf_study import InputError
+from kaf_study import InputError, command, sanity_checks
 from kaf_study.datasets import load
+from kaf_study.evaluation import read_results
 from kaf_study.saved_models import PixelRange, logits_of
 from kaf_study.saved_models.pixel_range import Rescaled, refuse_other_range
 
@@ -103,3 +106,50 @@ def test_wrong_number_of_channels_is_one_line(digits):
     model = Rescaled(nearest_mean(*digits), PixelRange.parse("mean=0.5,0.5,std=1,1"))
     with pytest.raises(InputError, match="2 channels"):
         model(digits[0][:2])
+
+
+# --- the command
+
+
+def test_command_names_the_option_and_then_attacks_in_pixels(digits, tmp_path, capsys):
+    x, y = digits
+    nearest_mean(fed(x, "0..255"), y).save(tmp_path / "foreign.keras")
+    arguments = [str(tmp_path / "foreign.keras"), "--dataset", "digits", "--n", "100"]
+    arguments += ["--attack", "fgsm", "--eps", "4"]
+    assert command.main(arguments) == 2
+    line = capsys.readouterr().err
+    assert "--input=0..255" in line and line.count("\n") == 1
+    assert command.main([*arguments, "--input", "0..255", "--save-adversarial"]) == 0
+    assert "given pixels in 0..255" in capsys.readouterr().out
+    result = read_results(tmp_path).iloc[0]
+    expected = nearest_mean(x, y)(x[:100]).numpy().argmax(axis=-1) == y[:100]
+    assert result["clean_accuracy"] == pytest.approx(expected.mean(), abs=0.02)
+    (images,) = tmp_path.rglob("*.npz")
+    x_adv = np.load(images)["x_adv"]
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    assert 3.9 / 255 < np.abs(x_adv - x[:100]).max() <= 4 / 255 + 1e-6
+    assert json.loads(images.with_suffix(".json").read_text())["remarks"] == [
+        "it is given pixels in 0..255"
+    ]
+
+
+def test_range_that_is_given_is_taken(digits, tmp_path):
+    x, y = digits
+    nearest_mean(fed(x, "0..255"), y).save(tmp_path / "foreign.keras")
+    arguments = [str(tmp_path / "foreign.keras"), "--dataset", "digits", "--n", "100"]
+    assert command.main([*arguments, "--attack", "fgsm", "--input", "0..1"]) == 0
+
+
+def test_architecture_and_activation_go_together(capsys):
+    assert command.main(["a.weights.h5", "--architecture", "resnet20"]) == 2
+    assert "go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("correct", "passed"), [(12, False), (15, True)])
+def test_accuracy_near_chance_fails_the_checks(correct, passed):
+    # 64 images, 10 classes: 6.4 by chance, standard deviation 2.4
+    is_clean = np.arange(64) < correct
+    runs = SimpleNamespace(
+        x=np.zeros(64), is_clean=is_clean, classifier=SimpleNamespace(nb_classes=10)
+    )
+    assert (sanity_checks.better_than_chance(runs).status == "pass") == passed

@@ -1,21 +1,22 @@
 """Attack saved classifiers and say how many test images stand.
 
     python robustness_eval.py models/NAME                      # PGD; a model folder of this project
-    python robustness_eval.py foreign.keras --dataset cifar10  # any Keras classifier
+    python robustness_eval.py foreign.h5 --input 0..255        # any Keras or TensorFlow classifier
     python robustness_eval.py models/NAME --attack suite       # several attacks, the worst counts
     python robustness_eval.py models/NAME --check              # is the evaluation to be trusted?
     python robustness_eval.py compare models/                  # tables and figure from result files
 
-MODEL is a model folder, a .keras or .h5 file, a SavedModel folder, or a .zip of one. Results go
-to MODEL/robustness/ (model folders), else to robustness/NAME/ beside the model, or to DIR/NAME/
-with --out DIR. Interrupted, the same command goes on after the last finished restart. How images
-are counted, under true and under predicted labels, is written in kaf_study/evaluation.py.
+MODEL is a model folder, a .keras or .h5 file (of Keras 3; of Keras 2 where tf_keras is installed),
+a SavedModel folder, or a .zip of one. Results go to MODEL/robustness/ (model folders), else to
+robustness/NAME/ beside the model, or to DIR/NAME/ with --out DIR. Interrupted, the same command
+goes on after the last finished restart. How images are counted, under true and under predicted
+labels, is written in kaf_study/evaluation.py.
 """
 
 import json
 import os
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter, _ArgumentGroup
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -50,6 +51,35 @@ def parse(argv: list[str] | None = None) -> Namespace:
         prog=prog(), description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="+", metavar="MODEL")
+    add_model_options(parser.add_argument_group("models and images"))
+    add_attack_options(parser.add_argument_group("attack"))
+    results = parser.add_argument_group("results")
+    results.add_argument("--batch-size", type=int, default=128, help="images at a time (128)")
+    results.add_argument("--out", metavar="DIR", help="results go to DIR/NAME/")
+    results.add_argument(
+        "--check",
+        action="store_true",
+        help="sanity checks (Carlini et al. 2019) instead; exit code 1 if one fails",
+    )
+    results.add_argument(
+        "--transfer-from",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="with --check: attack these too",
+    )
+    results.add_argument(
+        "--save-examples", type=int, metavar="K", help="draw the first K fallen images (.png)"
+    )
+    results.add_argument(
+        "--save-adversarial", action="store_true", help="keep the attacked images (.npz)"
+    )
+    results.add_argument("--force", action="store_true", help="repeat finished evaluations")
+    return parser.parse_args(argv)
+
+
+def add_model_options(parser: _ArgumentGroup) -> None:
+    """Which images, and what a file does not say of its model (`opening_of`)."""
     parser.add_argument(
         "--dataset",
         choices=("cifar10", "digits"),
@@ -61,34 +91,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
         "--n", type=int, help=f"first N test images ({DEFAULT_N}; {CHECK_N} to check)"
     )
     size.add_argument("--all", action="store_true", help="all test images")
-    add_model_options(parser)
-    add_attack_options(parser)
-    parser.add_argument("--batch-size", type=int, default=128, help="images at a time (128)")
-    parser.add_argument("--out", metavar="DIR", help="results go to DIR/NAME/")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="sanity checks (Carlini et al. 2019) instead; exit code 1 if one fails",
-    )
-    parser.add_argument(
-        "--transfer-from",
-        nargs="+",
-        default=[],
-        metavar="MODEL",
-        help="with --check: attack these too",
-    )
-    parser.add_argument(
-        "--save-examples", type=int, metavar="K", help="draw the first K fallen images (.png)"
-    )
-    parser.add_argument(
-        "--save-adversarial", action="store_true", help="keep the attacked images (.npz)"
-    )
-    parser.add_argument("--force", action="store_true", help="repeat finished evaluations")
-    return parser.parse_args(argv)
-
-
-def add_model_options(parser: ArgumentParser) -> None:
-    """What a file does not say of its model: what `opening_of` reads."""
     parser.add_argument(
         "--import",
         dest="imports",
@@ -125,7 +127,7 @@ def opening_of(arguments: Namespace):
     )
 
 
-def add_attack_options(parser: ArgumentParser) -> None:
+def add_attack_options(parser: _ArgumentGroup) -> None:
     """The options that decide a verdict: what `settings_of` reads."""
     suites = "; ".join(
         f"{name}: {', '.join(member for member, _ in attack.members)}, each on what still stands"
