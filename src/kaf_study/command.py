@@ -1,21 +1,22 @@
 """Attack saved classifiers and say how many test images stand.
 
     python robustness_eval.py models/NAME                      # PGD; a model folder of this project
-    python robustness_eval.py foreign.keras --dataset cifar10  # any Keras classifier
+    python robustness_eval.py foreign.h5 --input 0..255        # any Keras or TensorFlow classifier
     python robustness_eval.py models/NAME --attack suite       # several attacks, the worst counts
     python robustness_eval.py models/NAME --check              # is the evaluation to be trusted?
     python robustness_eval.py compare models/                  # tables and figure from result files
 
-MODEL is a model folder, a .keras or .h5 file, a SavedModel folder, or a .zip of one. Results go
-to MODEL/robustness/ (model folders), else to robustness/NAME/ beside the model, or to DIR/NAME/
-with --out DIR. Interrupted, the same command goes on after the last finished restart. How images
-are counted, under true and under predicted labels, is written in kaf_study/evaluation.py.
+MODEL is a model folder, a .keras or .h5 file (of Keras 3; of Keras 2 where tf_keras is installed),
+a SavedModel folder, or a .zip of one. Results go to MODEL/robustness/ (model folders), else to
+robustness/NAME/ beside the model, or to DIR/NAME/ with --out DIR. Interrupted, the same command
+goes on after the last finished restart. How images are counted, under true and under predicted
+labels, is written in kaf_study/evaluation.py.
 """
 
 import json
 import os
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter, _ArgumentGroup
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -50,6 +51,35 @@ def parse(argv: list[str] | None = None) -> Namespace:
         prog=prog(), description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="+", metavar="MODEL")
+    add_model_options(parser.add_argument_group("models and images"))
+    add_attack_options(parser.add_argument_group("attack"))
+    results = parser.add_argument_group("results")
+    results.add_argument("--batch-size", type=int, default=128, help="images at a time (128)")
+    results.add_argument("--out", metavar="DIR", help="results go to DIR/NAME/")
+    results.add_argument(
+        "--check",
+        action="store_true",
+        help="sanity checks (Carlini et al. 2019) instead; exit code 1 if one fails",
+    )
+    results.add_argument(
+        "--transfer-from",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="with --check: attack these too",
+    )
+    results.add_argument(
+        "--save-examples", type=int, metavar="K", help="draw the first K fallen images (.png)"
+    )
+    results.add_argument(
+        "--save-adversarial", action="store_true", help="keep the attacked images (.npz)"
+    )
+    results.add_argument("--force", action="store_true", help="repeat finished evaluations")
+    return parser.parse_args(argv)
+
+
+def add_model_options(parser: _ArgumentGroup) -> None:
+    """Which images, and what a file does not say of its model (`opening_of`)."""
     parser.add_argument(
         "--dataset",
         choices=("cifar10", "digits"),
@@ -61,32 +91,43 @@ def parse(argv: list[str] | None = None) -> Namespace:
         "--n", type=int, help=f"first N test images ({DEFAULT_N}; {CHECK_N} to check)"
     )
     size.add_argument("--all", action="store_true", help="all test images")
-    add_attack_options(parser)
-    parser.add_argument("--batch-size", type=int, default=128, help="images at a time (128)")
-    parser.add_argument("--out", metavar="DIR", help="results go to DIR/NAME/")
     parser.add_argument(
-        "--check",
-        action="store_true",
-        help="sanity checks (Carlini et al. 2019) instead; exit code 1 if one fails",
-    )
-    parser.add_argument(
-        "--transfer-from",
-        nargs="+",
+        "--import",
+        dest="imports",
+        action="append",
         default=[],
-        metavar="MODEL",
-        help="with --check: attack these too",
+        metavar="MODULE",
+        help="import this first, for the layers it defines (repeatable)",
     )
     parser.add_argument(
-        "--save-examples", type=int, metavar="K", help="draw the first K fallen images (.png)"
+        "--input",
+        metavar="RANGE",
+        help="pixels it was trained on: 0..1 (default), 0..255, -1..1 (as --input=-1..1), or "
+        "mean=R,G,B,std=R,G,B; eps stays in 255ths of [0, 1]",
     )
     parser.add_argument(
-        "--save-adversarial", action="store_true", help="keep the attacked images (.npz)"
+        "--architecture", metavar="NAME", help="of a file of weights alone: resnet20, ..."
     )
-    parser.add_argument("--force", action="store_true", help="repeat finished evaluations")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--activation", metavar="NAME", help="of a file of weights alone: kaf, relu, ..."
+    )
 
 
-def add_attack_options(parser: ArgumentParser) -> None:
+def opening_of(arguments: Namespace):
+    """How to open the models, as an `Opening`."""
+    from kaf_study.saved_models import Network, Opening, PixelRange
+
+    named = arguments.architecture, arguments.activation
+    if (named[0] is None) != (named[1] is None):
+        raise InputError("--architecture and --activation go together; give both, or neither")
+    return Opening(
+        imports=tuple(arguments.imports),
+        pixel_range=None if arguments.input is None else PixelRange.parse(arguments.input),
+        network=None if named[0] is None else Network(*named),
+    )
+
+
+def add_attack_options(parser: _ArgumentGroup) -> None:
     """The options that decide a verdict: what `settings_of` reads."""
     suites = "; ".join(
         f"{name}: {', '.join(member for member, _ in attack.members)}, each on what still stands"
@@ -200,12 +241,16 @@ def opened(arguments: Namespace, stack: ExitStack):
     from kaf_study import evaluation
     from kaf_study.saved_models import open_model
 
-    models = [stack.enter_context(open_model(path)) for path in arguments.models]
+    how = opening_of(arguments)
+    models = [stack.enter_context(open_model(path, how)) for path in arguments.models]
     refuse_clashes(models, arguments.out, evaluation.result_folder)
     names = {_dataset(model, arguments) for model in models}
     if arguments.data_dir is not None and "cifar10" not in names:
         raise InputError(f"--data-dir is for cifar10, not for {', '.join(names)}; leave it out")
-    return models, {name: test_images(name, arguments) for name in names}
+    data = {name: test_images(name, arguments) for name in names}
+    for model in models:
+        model.refuse_other_range(*data[_dataset(model, arguments)][:2])
+    return models, data
 
 
 def check(arguments: Namespace) -> bool:

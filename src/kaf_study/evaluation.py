@@ -62,7 +62,7 @@ from kaf_study.records import (
     versions,
     write_atomically,
 )
-from kaf_study.saved_models import LOGITS, PROBABILITIES, SOFTMAX_REMOVED, LoadedModel, logits_of
+from kaf_study.saved_models import HOW_ATTACKED, LOGITS, LoadedModel, logits_of
 
 __all__ = ["AttackSettings", "Evaluation", "evaluate", "evaluate_saved", "read_results"]
 
@@ -530,17 +530,14 @@ def evaluate_saved(
         except InputError as error:
             raise InputError(f"{str(opened.path)!r}: {error}") from None
         if result.summary["outputs"] != LOGITS:
-            say(f"ends in a softmax; attacked {_ATTACKED[result.summary['outputs']]}")
+            say(f"attacked {HOW_ATTACKED[result.summary['outputs']]}")
+        result.summary["remarks"] = list(opened.remarks)
+        for remark in opened.remarks:
+            say(remark)
         path.with_suffix(".npz").unlink(missing_ok=True)  # attacked images of an earlier result
         result.write(directory)
         partial.unlink(missing_ok=True)
     return result
-
-
-_ATTACKED = {
-    SOFTMAX_REMOVED: "at its logits (softmax removed)",
-    PROBABILITIES: "through the logarithm of its probabilities (its logits are out of reach)",
-}
 
 
 def save_adversarial(result: Evaluation, directory: Path | str) -> Path:

@@ -24,7 +24,7 @@ from kaf_study import InputError
 from kaf_study.attacks.classifier import CompiledClassifier, cross_entropy
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.evaluation import Execution, Subject, evaluate
-from kaf_study.saved_models import PROBABILITIES, logits_of
+from kaf_study.saved_models import HOW_ATTACKED, PROBABILITIES, SQUASHED, logits_of
 
 RADII = (0, 1, 2, 4, 8, 16, 32)  # of the curve, in 255ths
 ITERATIONS = (1, 5, 10, 20, 50, 100)
@@ -121,6 +121,7 @@ def check_model(
         )
     transferred = runs.transferred  # first: what does not fit is refused before the long attacks
     checks = (
+        better_than_chance(runs),
         outputs_are_logits(runs),
         the_same_twice(runs),
         gradients_are_not_zero(runs),
@@ -288,17 +289,26 @@ def _percent(stands):
 # --------------------------------------------------------------------------- the model
 
 
+def better_than_chance(runs: _Runs) -> Check:
+    """Of a network that guesses nothing can be learned: 3 standard deviations above is asked."""
+    n, chance = len(runs.x), 1 / runs.classifier.nb_classes
+    least = chance + 3 * np.sqrt(chance * (1 - chance) / n)
+    accuracy = float(runs.is_clean.mean())
+    text = f"{accuracy:.1%} correct when clean, chance is {chance:.1%}"
+    if accuracy <= least:
+        text += " (was it trained on these classes, in this pixel range? --input)"
+    return _check("better than chance", accuracy > least, text, accuracy=accuracy)
+
+
 def outputs_are_logits(runs: _Runs) -> Check:
     """A softmax that cannot be taken off must at least not be saturated."""
     name = "outputs"
     _, kind = logits_of(runs.model, runs.x[: runs.batch_size])
-    if kind != PROBABILITIES:
-        return _check(
-            name, True, f"attacked at its {kind}".replace("its softmax", "logits, softmax")
-        )
+    if kind not in (PROBABILITIES, SQUASHED):
+        return _check(name, True, f"attacked {HOW_ATTACKED[kind]}")
     (p,) = runs.in_batches(lambda x: [np.asarray(runs.model(x, training=False))], runs.x)
     saturated = float((p.max(axis=-1) >= 1).mean())
-    text = f"probabilities whose logits are out of reach; {saturated:.1%} of them exactly 1"
+    text = f"{kind} outputs whose logits are out of reach; {saturated:.1%} of them exactly 1"
     return _check(name, saturated <= 0.01, text, saturated=saturated)
 
 
