@@ -44,7 +44,7 @@ def recipe(name: str, architecture: str, activation: str) -> dict[str, Any]:
     }
     if name == "thesis":
         lr_min, lr_max = 0.01, 0.8
-        if architecture == "vgg":
+        if architecture == "vgg" and activation in STUDIED:  # an unknown one is refused later
             lr_min, lr_max = STUDIED[activation].thesis_vgg_bounds or (0.0001, 0.1)
         rates = {"lr_min": lr_min, "lr_max": lr_max}
         return common | rates | {"optimizer": "sgd", "momentum": 0.0, "l2": 5e-4}
