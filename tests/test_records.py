@@ -377,6 +377,8 @@ def test_whatever_a_history_holds_is_refused_in_one_line(tmp_path):
             changed.loc[0, column] = value
             changed.to_csv(path, index=False)
             assert not one_line_or_read(read_history, path), (column, value)
+        table.drop(columns=column).to_csv(path, index=False)
+        assert not one_line_or_read(read_history, path), column
     for content in (*truncations(text), "loss\n1\n", text[: text.rindex("2,")]):
         path.write_text(content)
         (model,) = trained_models(folder)

@@ -11,10 +11,10 @@ import numpy as np
 
 from kaf_study import InputError
 from kaf_study.files import check_file, replacing
-from kaf_study.records import CheckpointState, checked, hardware, versions
+from kaf_study.records import HISTORY_COLUMNS, CheckpointState, checked, hardware, versions
 
 MAX_BYTES = 2 * 1024**3  # a ResNet20's checkpoint has 3 MB
-NEEDED_COLUMNS = {"epoch", "loss", "seconds", "probe_clean", "probe_fgsm", "probe_pgd"}
+NEEDED_COLUMNS = {*HISTORY_COLUMNS, "seconds"}
 
 
 class Checkpoint(keras.callbacks.Callback):

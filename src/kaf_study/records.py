@@ -64,6 +64,7 @@ COLUMNS = [
     "path",
 ]
 FIGURES = COLUMNS[3:11]  # of a summary, counted from its rows
+HISTORY_COLUMNS = ("epoch", "loss", "probe_clean", "probe_fgsm", "probe_pgd")  # and others
 
 # --------------------------------------------------------------------------- types
 
@@ -236,7 +237,9 @@ def read_history(path: Path, epochs: int | None = None) -> pd.DataFrame:
     """A history.csv: one row per epoch, `epoch` from 0, numbers only; `epochs` rows if given."""
     rows, fault = _table(path), None
     numbers = rows.select_dtypes("number")
-    if "epoch" not in rows or list(rows["epoch"]) != list(range(len(rows))) or not len(rows):
+    if missing := [name for name in HISTORY_COLUMNS if name not in rows]:
+        fault = f"there is no column {', '.join(missing)}"
+    elif list(rows["epoch"]) != list(range(len(rows))) or not len(rows):
         fault = "its column epoch does not count from 0"
     elif len(numbers.columns) < len(rows.columns) or not np.isfinite(numbers).all(axis=None):
         fault = "there are cells that hold no number"
