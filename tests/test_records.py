@@ -79,9 +79,8 @@ def test_a_result_is_read_back_as_written(n, suffix, tmp_path):
     text = gzip.decompress(rows.read_bytes()) if suffix == ".csv.gz" else rows.read_bytes()
     lines = text.decode().splitlines()
     assert lines[1:3] == ["0,0,0,1,1,0,0.031372549", "1,0,0,0,,,0.031372549"]
-    before = rows.read_bytes()
-    evaluation.write(path.parent)
-    assert rows.read_bytes() == before
+    if suffix == ".csv.gz":
+        assert rows.read_bytes()[4:8] == bytes(4)  # no time: the same rows are the same bytes
     again = Evaluation.read(path)
     assert again.summary == evaluation.summary and len(again.images) == n
     pd.testing.assert_frame_equal(again.images, evaluation.images)
