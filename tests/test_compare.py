@@ -102,18 +102,6 @@ def models(tmp_path):
     plt.close("all")
 
 
-def test_rows_are_matched_by_index(models):
-    before = against("net_swish", model_table(read_results(models)))
-    path = models / "net_kaf" / "robustness" / "pgd-50-10-true-n100.csv"
-    rows = pd.read_csv(path)
-    rows[::-1].to_csv(path, index=False)
-    after = against("net_swish", model_table(read_results(models)))
-    pd.testing.assert_frame_equal(before, after)
-    assert (
-        after["only_model"].tolist() == [10, 10] and after["attack"].tolist() == ["PGD-50-10"] * 2
-    )
-
-
 def pairs_of(root):
     """{(model, reference)} of all paired tests of the results below a folder."""
     tests = paired_tests(model_table(read_results(root)))
