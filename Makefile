@@ -13,10 +13,13 @@ DEMO_MODELS := $(foreach a,$(DEMO_ACTIVATIONS),runs/demo/digits_light_cnn_$(a)_s
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help venv demo test lint format clean
+# make test MARK='slow or not slow' also repeats stored results of all models
+MARK ?= not slow
+
+.PHONY: help venv demo test test-jax test-torch mutants lint format clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 venv: $(VENV)/.installed ## create .venv and install everything that is pinned
 
@@ -24,7 +27,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11, 3.12 or 3.13 is needed (TensorFlow has no other); this is {v.major}.{v.minor}. Say make PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[study,legacy,dev]'
 	touch $@
 
 demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure (minutes)
@@ -37,19 +40,34 @@ demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure 
 	$(RUN) robustness_eval.py compare $(DEMO_MODELS)
 	$(RUN) -m kaf_study.figures scatter $(DEMO_MODELS) --out imgs/demo_scatter.png
 
-test: venv ## lint, format check and all tests (minutes)
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+test: lint ## lint, types and all tests (minutes)
+	$(RUN) -m pytest -q -n 2 --dist loadfile -m '$(MARK)'
 
-lint: venv ## ruff, check only
+# The layer under a backend alone: no TensorFlow, nothing of the study
+test-jax: ## the layer under JAX, in an environment of its own
+	$(MAKE) test-backend BACKEND=jax PACKAGES=jax
+
+test-torch: ## the layer under PyTorch, in an environment of its own
+	$(MAKE) test-backend BACKEND=torch PACKAGES='$(TORCH)'
+
+TORCH ?= torch
+test-backend:
+	$(PYTHON) -m venv .venv-$(BACKEND)
+	.venv-$(BACKEND)/bin/python -m pip install --quiet --disable-pip-version-check . pytest $(PACKAGES)
+	cd tests && KERAS_BACKEND=$(BACKEND) ../.venv-$(BACKEND)/bin/python -m pytest -q test_backends.py
+
+mutants: venv ## plant faults in the modules, a random sample, and count those that the tests see (hours)
+	$(RUN) tests/mutants.py
+
+lint: venv ## ruff and mypy, check only
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: venv ## ruff, mend what it can
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
 clean: ## remove the environment, caches and demo runs
-	rm -rf $(VENV) runs/demo .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) .venv-jax .venv-torch runs/demo .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

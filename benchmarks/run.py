@@ -431,14 +431,12 @@ def attack(quick, arguments):
 
 
 def _ours(model, x, y, steps, restarts, verdicts):
-    from kaf_study.evaluation import evaluate
+    from kaf_study.evaluation import AttackSettings, evaluate
 
-    result = evaluate(model, x, y, steps=steps, restarts=restarts)
-    rows = result.images
-    is_clean = rows["label"] == rows["clean_prediction"]
-    verdicts["ours"] = (is_clean & (rows["label"] == rows["adversarial_prediction"])).to_numpy()
-    verdicts["clean"] = is_clean.to_numpy()
-    verdicts["rows"] = rows
+    result = evaluate(model, x, y, AttackSettings(steps=steps, restarts=restarts))
+    verdicts["ours"] = np.asarray(result.is_robust)
+    verdicts["clean"] = np.asarray(result.is_clean)
+    verdicts["rows"] = result.images
     verdicts["seconds"] = result.summary["seconds"]  # the restarts alone
 
 

@@ -1,14 +1,17 @@
 """Auto-PGD: its losses are ART's, its iterates those of a plain reading of Algorithm 1."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from art.attacks.evasion import AutoProjectedGradientDescent
+from art.estimators.classification import TensorFlowV2Classifier
 
-from kaf_study import InputError
 from kaf_study.attacks.apgd import APGD, LOSSES, checkpoints
-from kaf_study.attacks.pgd import CompiledClassifier, random_start
+from kaf_study.attacks.classifier import CompiledClassifier
+from kaf_study.attacks.loop import random_start
 
 SHAPE, CLASSES, N, EPSILON = (6, 6, 3), 5, 12, 0.05
 
@@ -55,14 +58,21 @@ def test_checkpoints_are_those_of_the_paper():
 
 def test_difference_of_logits_ratio_is_arts(classifier, data):
     x, y = data
+    estimator = TensorFlowV2Classifier(
+        model=classifier.model,
+        nb_classes=CLASSES,
+        input_shape=SHAPE,
+        loss_object=keras.losses.CategoricalCrossentropy(from_logits=True),
+        clip_values=(0, 1),
+    )
     art = AutoProjectedGradientDescent(
-        classifier, eps=0.1, eps_step=0.1, loss_type="difference_logits_ratio", verbose=False
+        estimator, eps=0.1, eps_step=0.1, loss_type="difference_logits_ratio", verbose=False
     )
     art_loss = art.estimator.loss_object
     art_loss.reduction = "none"
     logits = classifier.predict(x)
     expected = art_loss(np.eye(CLASSES)[y], tf.constant(logits))
-    ours = LOSSES["apgd-dlr"][0](tf.constant(logits), tf.constant(y), None)
+    ours = LOSSES["apgd-dlr"](tf.constant(logits), tf.constant(y), None)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
     assert ((ours.numpy() > 0) == (logits.argmax(axis=-1) != y)).all()
 
@@ -71,7 +81,7 @@ def test_difference_of_logits_ratio_is_arts(classifier, data):
 def test_ratios_do_not_change_when_logits_are_scaled(name, data):
     logits = np.random.default_rng(1).normal(size=(N, CLASSES)).astype("float32")
     y, target = tf.constant(data[1]), tf.constant((data[1] + 1) % CLASSES)
-    loss, _ = LOSSES[name]
+    loss = LOSSES[name]
     once, thousandfold = (loss(tf.constant(s * logits), y, target) for s in (1, 1000))
     np.testing.assert_allclose(once, thousandfold, rtol=1e-4)
 
@@ -79,61 +89,94 @@ def test_ratios_do_not_change_when_logits_are_scaled(name, data):
 def test_targeted_ratio_is_equation_7():
     logits = np.array([[5.0, 1.0, 3.0, -2.0, 0.0]], "float32")
     # z_y = 3, z_t = -2; first 5, third 1, fourth 0
-    loss = LOSSES["apgd-t"][0](tf.constant(logits), tf.constant([2]), tf.constant([3]))
+    loss = LOSSES["apgd-t"](tf.constant(logits), tf.constant([2]), tf.constant([3]))
     np.testing.assert_allclose(loss, -(3 + 2) / (5 - (1 + 0) / 2), rtol=1e-6)
 
 
 def plain_algorithm_1(f, gradient, x, start, epsilon, steps, rho=0.75, alpha=0.75):
-    """Croce & Hein 2020, Algorithm 1, for one image, line by line; returns all iterates."""
+    """Croce & Hein 2020, Algorithm 1, for one image, line by line.
+
+    As in its authors' code, the checkpoint w_j comes when x^(w_j) has been looked at, and an
+    iterate that is given up for x_max keeps its own f in the count of Condition 1.
+
+    Returns:
+        The points looked at, x^(0) to x^(steps); and the checkpoints at which x_max was gone back
+        to from another point.
+    """
 
     def project(z):
         return np.clip(np.clip(z, x - epsilon, x + epsilon), 0, 1)
 
     w, eta = checkpoints(steps), 2 * epsilon
     xs, fs = [start], [f(start)]
-    best = start
-    eta_at, best_at = [eta], [fs[0]]
+    looked_at, returns = [start], []
+    x_max, f_max = start, fs[0]
+    eta_at, f_max_at = {0: eta}, {0: f_max}  # by checkpoint
     for k in range(steps):
-        at, before = xs[k], xs[k - 1] if k else xs[k]
-        if k in w and k > 0:
-            past = range(k - (w[w.index(k)] - w[w.index(k) - 1]), k)
-            raised = sum(fs[i + 1] > fs[i] for i in past)
-            stuck = len(eta_at) > 1 and eta_at[-1] == eta_at[-2] and best_at[-1] == max(fs)
-            stuck = stuck or (len(eta_at) == 1 and best_at[-1] == max(fs))
-            if raised < rho * len(past) or stuck:
-                eta, at = eta / 2, best
-            eta_at.append(eta)
-            best_at.append(max(fs))
-        z = project(at + eta * np.sign(gradient(at)))
-        weight = 1 if k == 0 else alpha
-        xs.append(project(at + weight * (z - at) + (1 - weight) * (at - before)))
+        if k > 0 and k in w:
+            last = w[w.index(k) - 1]
+            is_slow = sum(fs[i + 1] > fs[i] for i in range(last, k)) < rho * (k - last)
+            earlier = w[max(w.index(last) - 1, 0)]
+            is_stuck = eta_at[earlier] == eta_at[last] and f_max_at[last] == f_max
+            if is_slow or is_stuck:
+                eta = eta / 2
+                if not np.array_equal(xs[k], x_max):
+                    returns.append(k)
+                xs[k] = x_max
+            eta_at[k], f_max_at[k] = eta, f_max
+        z = project(xs[k] + eta * np.sign(gradient(xs[k])))
+        if k == 0:
+            xs.append(z)
+        else:
+            xs.append(project(xs[k] + alpha * (z - xs[k]) + (1 - alpha) * (xs[k] - xs[k - 1])))
+        looked_at.append(xs[-1])
         fs.append(f(xs[-1]))
-        best = xs[-1] if fs[-1] > max(fs[:-1]) else best
-    return xs
+        if fs[-1] > f_max:
+            x_max, f_max = xs[-1], fs[-1]
+    return looked_at, returns
+
+
+def peaked():
+    """Classifier whose loss for label 0 has one top, near the middle of the pixels' range.
+
+    Steps of one size jump over it, so that the step is halved with x_max behind. Label 0 is
+    predicted everywhere (nothing falls, no ratio is flat), and all is done pixel by pixel (the same
+    bits in every batch).
+    """
+    generator = np.random.default_rng(5)
+    top, weight = generator.uniform((0.45, 0.1), (0.55, 1), (*SHAPE, 2)).astype("float32").T
+    top, weight = top.T, weight.T
+
+    def model(x, training=False):
+        away = tf.square(x - top)
+        bent = away * weight + 0.5 * away * tf.roll(away, 1, axis=2)
+        score = -1 - tf.reduce_sum(bent, axis=(1, 2, 3))
+        return tf.stack([0 * score, score, 0 * score - 50, 0 * score - 60], axis=-1)
+
+    return CompiledClassifier(model, 4, SHAPE)
 
 
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr"])
-def test_iterates_are_those_of_a_plain_reading(classifier, data, name, monkeypatch):
-    x, _ = data
-    y = classifier.predict(x).argmax(axis=-1)
-    steps, epsilon = 30, 0.004  # nothing is misclassified: there the ratio is flat, all rounding
-    compiled = classifier.differentiable(LOSSES[name][0])
+def test_iterates_are_those_of_a_plain_reading(name, monkeypatch):
+    n, steps, epsilon = 6, 40, 0.1
+    classifier = peaked()
+    x = np.random.default_rng(6).uniform(0.4, 0.6, (n, *SHAPE)).astype("float32")
+    y = np.zeros(n, int)
+    compiled = classifier.differentiable(LOSSES[name])
     attack = APGD(classifier, name, epsilon=epsilon, steps=steps)
     seen, look = [], attack.look
-    # Nothing falls: the verdict is taken from logits that keep the label.
-    keep = 1e9 * np.eye(CLASSES, dtype="float32")
 
     def spy(state):
         seen.append(state["x_adv"].copy())
-        _, found = look(state)
-        return keep[state["y"]], found
+        return look(state)
 
     monkeypatch.setattr(attack, "look", spy)
-    attack.run(x[:3], y[:3], np.arange(3), 1, seed=0, batch_size=3)
-    for i in range(3):
-        xs = plain_algorithm_1(
-            lambda z, i=i: compiled(z[None], y[i : i + 1], y[i : i + 1])[0][0],
-            lambda z, i=i: compiled(z[None], y[i : i + 1], y[i : i + 1])[2][0],
+    assert not attack.run(x, y, np.arange(n), 1, seed=0, batch_size=n).fell.any()
+    all_returns = []
+    for i in range(n):
+        xs, returns = plain_algorithm_1(
+            lambda z: compiled(z[None], y[:1], y[:1])[0][0],
+            lambda z: compiled(z[None], y[:1], y[:1])[2][0],
             x[i],
             random_start(x[i], epsilon=epsilon, seed=0, image=i, restart=1),
             epsilon,
@@ -141,6 +184,53 @@ def test_iterates_are_those_of_a_plain_reading(classifier, data, name, monkeypat
         )
         for k, iterate in enumerate(xs):
             np.testing.assert_allclose(seen[k][i], iterate, atol=2e-6, err_msg=f"{i}, {k}")
+        all_returns += returns
+    # The case that separates x^(k-1) from x_max in the momentum, and some that do not halve.
+    assert 0 < len(all_returns) < n * (len(set(checkpoints(steps))) - 2)
+
+
+def losses_with_rises(rises, first):
+    """(101,) losses: `first`, a fall, then in the windows of 100 steps as many rises as given.
+
+    Each rise is 1 and each fall (after the first) is small, so that later losses are the higher.
+    """
+    w, loss = [*checkpoints(100), 100], [first]
+    for window, (begin, end) in enumerate(itertools.pairwise(w)):
+        length = end - begin
+        up = np.arange(length) >= length - rises[window]
+        loss += list(loss[-1] + np.cumsum(np.where(up, 1.0, -0.01)))
+    return np.array(loss, "float32")
+
+
+def test_the_step_is_halved_by_the_two_conditions():
+    """Condition 1: fewer than 3/4 of the steps rose. Condition 2: no new best since the last
+    checkpoint, which did not halve. Windows of 22, 19, 16, 13, 10, 7, 6, 6 and 1 steps.
+    """
+    all_rise = (22, 19, 16, 13, 10, 7, 6, 6, 1)
+    just_enough = (17, 15, 12, 10, 8, 6, 5, 5, 1)
+    one_short = (16, 14, 11, 9, 7, 5, 4, 4, 1)
+    scripts = [losses_with_rises(rises, 0.0) for rises in (all_rise, just_enough, one_short)]
+    never_better = losses_with_rises(all_rise, 0.0)
+    never_better[0] = 1000.0
+    better_once = never_better.copy()
+    better_once[45] = 2000.0  # in the window from 41 to 57
+    scripts = np.stack([*scripts, never_better, better_once])
+    n = len(scripts)
+    attack = APGD(linear(np.ones((int(np.prod(SHAPE)), 2))), "apgd-ce", epsilon=0.1, steps=100)
+    x = np.full((n, *SHAPE), 0.5, "float32")
+    state = attack.begin(x, np.zeros(n, int), np.arange(n), 1, 0)
+    steps = []
+    for k in range(100):
+        attack.propose(state, {"loss": scripts[:, k], "gradient": np.ones_like(x)}, k)
+        steps.append(state["step"])
+    halved = np.diff(np.log2(np.array(steps) / 0.2), axis=0) == -1
+    assert [list(np.flatnonzero(rows) + 1) for rows in halved.T] == [
+        [],
+        [],
+        [22, 41, 57, 70, 80, 87, 93, 99],
+        [22, 57, 80, 93],  # every second one: what has just been halved is given time
+        [22, 70, 87, 99],
+    ]
 
 
 @pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr"])
@@ -223,7 +313,9 @@ def test_restarts_begin_elsewhere(classifier, data):
     np.testing.assert_array_equal(first, again)
 
 
-def test_too_few_classes_are_refused():
-    classifier = linear(np.zeros((int(np.prod(SHAPE)), 3)))
-    with pytest.raises(InputError, match="at least 4 classes, the model has 3"):
-        APGD(classifier, "apgd-t", epsilon=EPSILON, steps=3)
+@pytest.mark.parametrize("name", ["apgd-dlr", "apgd-t"])
+def test_equal_logits_give_a_finite_ratio(name):
+    classifier = linear(np.zeros((int(np.prod(SHAPE)), CLASSES)))
+    x = np.full((1, *SHAPE), 0.5, "float32")
+    loss, _, gradient = classifier.differentiable(LOSSES[name])(x, [1], [2])
+    assert loss[0] == 0 and np.isfinite(gradient).all()

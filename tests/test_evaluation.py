@@ -1,6 +1,7 @@
 """The evaluator reports what is true: on models whose robust accuracy is known, it is that."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -10,15 +11,20 @@ import pytest
 import tensorflow as tf
 
 from kaf_study import InputError, evaluation
-from kaf_study import records as results
-from kaf_study.attacks.pgd import CompiledClassifier
-from kaf_study.evaluation import AttackSettings, evaluate, evaluate_saved
+from kaf_study.attacks.classifier import CompiledClassifier
+from kaf_study.attacks.registry import ATTACKS, AttackSettings
+from kaf_study.evaluation import Execution, ImageSet, Subject, evaluate, evaluate_saved
 from kaf_study.saved_models import open_model
 
 EPSILON, ALPHA = 8 / 255, 2 / 255
 SHAPE, CLASSES, N = (6, 6, 3), 3, 60
 PIXELS = 6 * 6 * 3
-QUICK = {"epsilon": EPSILON, "alpha": ALPHA, "steps": 6, "restarts": 3, "batch_size": 16}
+QUICK = AttackSettings("pgd", EPSILON, ALPHA, steps=6, restarts=3)
+WEAK = replace(QUICK, epsilon=3 / 255, alpha=1 / 255)
+
+
+def predicted(settings):
+    return replace(settings, labels="predicted")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +74,7 @@ def test_linear_model_reports_its_known_robust_accuracy():
         z = tf.linalg.matvec(tf.reshape(x, (-1, PIXELS)), w) - bias
         return tf.stack([-z / 2, z / 2], axis=-1)
 
-    result = evaluate(model, x, y, epsilon=radius, alpha=2 * radius, steps=2, restarts=2)
+    result = evaluate(model, x, y, AttackSettings("pgd", radius, 2 * radius, 2, 2))
     assert result.summary["clean_accuracy"] == (margin > 0).mean() == 0.9
     assert result.summary["robust_accuracy"] == (worst > 0).mean()
     assert 0.1 < result.summary["robust_accuracy"] < 0.8
@@ -76,26 +82,40 @@ def test_linear_model_reports_its_known_robust_accuracy():
     np.testing.assert_array_equal(rows["label"] == rows["adversarial_prediction"], worst > 0)
 
 
-def test_three_lines_recount_the_summary(cnn, data):
-    for labels in ("true", "predicted"):
-        result = evaluate(cnn, *data, **QUICK, labels=labels)
-        rows, summary = result.images, result.summary
-        kept = rows.label == rows.adversarial_prediction
-        if labels == "true":
-            robust = (rows.label == rows.clean_prediction) & kept
-            assert 0 < robust.mean() == summary["robust_accuracy"]
-            assert rows.restart.notna().sum() == (rows.label == rows.clean_prediction).sum() - (
-                robust.sum()
-            )
-        else:
-            assert kept.mean() == summary["accuracy_under_attack_predicted_labels"]
+@pytest.fixture(scope="module")
+def true_result(cnn, data):
+    return evaluate(cnn, *data, QUICK)
+
+
+@pytest.fixture(scope="module")
+def predicted_result(cnn, data):
+    return evaluate(cnn, *data, predicted(QUICK))
+
+
+def test_three_lines_recount_the_summary(true_result, predicted_result):
+    rows, summary = true_result.images, true_result.summary
+    clean, kept = rows.label == rows.clean_prediction, rows.label == rows.adversarial_prediction
+    assert 0 < (clean & kept).mean() == summary["robust_accuracy"] < clean.mean()
+    assert summary["clean_accuracy"] == clean.mean() and summary["n"] == N
+    assert (rows.restart.notna() == (clean & ~kept)).all()
+    assert (rows["index"] == np.arange(N)).all()
+    np.testing.assert_array_equal(true_result.is_robust, clean & kept)
+    assert summary["robust_standard_error"] == pytest.approx(
+        np.sqrt((clean & kept).var() / N, dtype=float), rel=0.01
+    )
+
+    rows, summary = predicted_result.images, predicted_result.summary
+    kept = rows.label == rows.adversarial_prediction
+    assert kept.mean() == summary["accuracy_under_attack_predicted_labels"]
+    wrong = rows.label != rows.clean_prediction
+    assert summary["pushed_onto_true_class_predicted_labels"] == (wrong & kept).sum()
 
 
 def test_attack_stays_within_what_it_is_allowed(cnn, data):
     x, y = data
     before = x.copy()
-    result = evaluate(cnn, x, y, **QUICK)
-    assert result.images["linf"].max() <= EPSILON + 1e-6
+    result = evaluate(cnn, x, y, QUICK)
+    assert 0.9 * EPSILON < result.images["linf"].max() <= EPSILON + 1e-6
     assert result.x_adv.min() >= 0 and result.x_adv.max() <= 1
     np.testing.assert_allclose(
         np.abs(result.x_adv - x).reshape(N, -1).max(axis=1), result.images["linf"]
@@ -104,19 +124,24 @@ def test_attack_stays_within_what_it_is_allowed(cnn, data):
     assert result.summary["attacked_predictions_not_reproduced"] == 0
 
 
-def test_images_wrong_when_clean_are_not_attacked(cnn, data):
-    result = evaluate(cnn, *data, **QUICK)
-    wrong = result.images[result.images.label != result.images.clean_prediction]
+def test_images_wrong_when_clean_are_not_attacked(true_result):
+    rows = true_result.images
+    wrong = rows[rows.label != rows.clean_prediction]
     assert len(wrong) > 0
     assert wrong.linf.max() == 0
     assert wrong.restart.isna().all()
     assert (wrong.clean_prediction == wrong.adversarial_prediction).all()
 
 
-@pytest.mark.parametrize("labels", ["true", "predicted"])
-def test_csv_depends_on_the_seed_alone(cnn, data, labels, tmp_path):
-    def written(name, **changed):
-        return csv(evaluate(cnn, *data, **QUICK | {"labels": labels} | changed), tmp_path / name)
+@pytest.mark.parametrize("protocol", ["true", "predicted"])
+def test_csv_depends_on_the_seed_alone(cnn, data, protocol, tmp_path):
+    settings = replace(QUICK, labels=protocol)
+
+    def written(name, batch_size=16, seed=0):
+        execution = Execution(batch_size=batch_size)
+        return csv(
+            evaluate(cnn, *data, replace(settings, seed=seed), execution=execution), tmp_path / name
+        )
 
     once = written("once")
     assert written("again") == once
@@ -125,12 +150,46 @@ def test_csv_depends_on_the_seed_alone(cnn, data, labels, tmp_path):
 
 
 def test_more_restarts_only_lower_it(cnn, data):
-    settings = QUICK | {"epsilon": 4 / 255}
-    one, many = (evaluate(cnn, *data, **settings | {"restarts": r}).images for r in (1, 5))
+    settings = replace(QUICK, epsilon=4 / 255)
+    one, many = (evaluate(cnn, *data, replace(settings, restarts=r)).images for r in (1, 5))
     stood_one, stood_many = one.restart.isna(), many.restart.isna()
     assert not (stood_many & ~stood_one).any()
-    felled_first = ~stood_one
-    assert (many.restart[felled_first] == 1).all()
+    assert (many.restart[~stood_one] == 1).all()
+    np.testing.assert_array_equal(many.iteration[~stood_one], one.iteration[~stood_one])
+
+
+def passing_through(z_in, z_out):
+    """Predicted 1 while the mean pixel lies between, else 0; the gradient always leads upwards."""
+
+    def model(x, training=False):
+        mean = tf.reduce_mean(x, axis=(1, 2, 3))
+        inside = tf.where((mean > z_in) & (mean < z_out), 1.0, -1.0)
+        upwards = 1e-3 * mean
+        z = tf.stop_gradient(inside - upwards) + upwards
+        return tf.stack([-z, z], axis=-1)
+
+    return model
+
+
+def test_true_labels_are_judged_at_every_iterate_predicted_ones_at_the_last():
+    """Planted: images that are wrong half way up, and right again where the attack ends."""
+    model, x = passing_through(0.52, 0.56), np.full((4, *SHAPE), 0.5, "float32")
+    y = np.zeros(4, int)
+    settings = AttackSettings("pgd", 0.1, 0.02, steps=10, restarts=2)
+    true = evaluate(model, x, y, settings)
+    assert true.summary["robust_accuracy"] == 0
+    assert (true.images["iteration"] < 5).all() and (true.images["restart"] == 1).all()
+    last = evaluate(model, x, y, predicted(settings))
+    assert last.summary["accuracy_under_attack_predicted_labels"] == 1
+    assert last.images["iteration"].isna().all()
+
+
+def test_of_predicted_labels_the_first_success_is_kept():
+    model, x = passing_through(0.55, 1), np.full((4, *SHAPE), 0.5, "float32")
+    settings = AttackSettings("pgd", 0.1, 0.02, steps=10, restarts=3, labels="predicted")
+    result = evaluate(model, x, np.zeros(4, int), settings)
+    assert result.summary["accuracy_under_attack_predicted_labels"] == 0
+    assert (result.images["restart"] == 1).all() and (result.images["iteration"] == 10).all()
 
 
 def test_predicted_labels_count_wrong_images_pushed_onto_their_true_class():
@@ -142,40 +201,32 @@ def test_predicted_labels_count_wrong_images_pushed_onto_their_true_class():
 
     x = np.full((10, *SHAPE), 0.51, "float32")  # all predicted as 1, all within reach of 0
     y = np.array([1] * 6 + [0] * 4)
-    true = evaluate(model, x, y, **QUICK).summary
-    predicted = evaluate(model, x, y, **QUICK | {"labels": "predicted"}).summary
+    true, pushed = (evaluate(model, x, y, s).summary for s in (QUICK, predicted(QUICK)))
     assert true["clean_accuracy"] == 0.6
     assert true["robust_accuracy"] == 0
-    assert predicted["accuracy_under_attack_predicted_labels"] == 0.4
-    assert predicted["pushed_onto_true_class_predicted_labels"] == 4
-    assert "robust_accuracy" not in predicted
+    assert pushed["accuracy_under_attack_predicted_labels"] == 0.4
+    assert pushed["pushed_onto_true_class_predicted_labels"] == 4
+    assert "robust_accuracy" not in pushed
 
 
-def test_predicted_figure_is_never_below_the_true_one(cnn, data):
-    true = evaluate(cnn, *data, **QUICK).images
-    predicted = evaluate(cnn, *data, **QUICK | {"labels": "predicted"}).images
-    robust = (true.label == true.clean_prediction) & (true.label == true.adversarial_prediction)
-    assert (predicted.label == predicted.adversarial_prediction)[robust].all()
-
-
-def test_probabilities_are_attacked_as_their_logits(cnn, data):
+def test_probabilities_are_attacked_as_their_logits(cnn, data, true_result):
     softmax = keras.Sequential([*cnn.layers, keras.layers.Softmax()])
     saturated = keras.Sequential(
         [cnn, keras.layers.Lambda(lambda z: 60 * z), keras.layers.Softmax()]
     )
-    plain = evaluate(cnn, *data, **QUICK)
-    removed = evaluate(softmax, *data, **QUICK)
+    plain = true_result
+    removed = evaluate(softmax, *data, QUICK)
     assert plain.summary["outputs"] == "logits"
     assert removed.summary["outputs"] == "softmax removed"
     pd.testing.assert_frame_equal(plain.images, removed.images)
     # Behind a saturated softmax nothing would fall; the logits behind it tell the truth.
-    revealed = evaluate(saturated, *data, **QUICK)
+    revealed = evaluate(saturated, *data, QUICK)
     assert abs(revealed.summary["robust_accuracy"] - plain.summary["robust_accuracy"]) < 0.1
 
     def function(x, training=False):
         return softmax(x, training=training)
 
-    hidden = evaluate(function, *data, **QUICK)
+    hidden = evaluate(function, *data, QUICK)
     assert hidden.summary["outputs"] == "probabilities"
     pd.testing.assert_frame_equal(plain.images, hidden.images)
 
@@ -187,64 +238,71 @@ class Killed(Exception):
     pass
 
 
-def count_gradients(monkeypatch, kill_at=None):
-    """Count gradient calls; raise at one of them, as a kill would end it."""
-    calls = []
-    plain = CompiledClassifier.loss_gradient
+class Watch:
+    """Takes notes of what an evaluation does; dies at one of its steps, if told so."""
 
-    def counted(self, *arguments, **named):
-        calls.append(1)
-        if len(calls) == kill_at:
+    def __init__(self, kill_at=None):
+        self.kill_at, self.steps, self.said = kill_at, [], []
+
+    def progress(self, *now):
+        self.steps.append(now)
+        if len(self.steps) == self.kill_at:
             raise Killed
-        return plain(self, *arguments, **named)
 
-    monkeypatch.setattr(CompiledClassifier, "loss_gradient", counted)
-    return calls
+    def execution(self, partial=None):
+        return Execution(16, self.progress, partial, self.said.append)
 
 
-@pytest.mark.parametrize("labels", ["true", "predicted"])
-def test_interrupted_run_resumes_without_repeating_restarts(
-    cnn, data, labels, tmp_path, monkeypatch
-):
-    settings = QUICK | {"labels": labels, "epsilon": 3 / 255, "alpha": 1 / 255}
+def watched(model, x, y, settings, partial=None, kill_at=None, **kwargs):
+    watch = Watch(kill_at)
+    try:
+        return evaluate(model, x, y, settings, execution=watch.execution(partial), **kwargs), watch
+    except Killed:
+        return None, watch
+
+
+@pytest.mark.parametrize("protocol", ["true", "predicted"])
+def test_interrupted_run_resumes_without_repeating_restarts(cnn, data, protocol, tmp_path):
+    settings = replace(WEAK, labels=protocol)
+    classifier = CompiledClassifier(cnn, CLASSES, SHAPE)
     partial = tmp_path / "partial.npz"
-    per_restart = []
-    with monkeypatch.context() as patch:
-        calls = count_gradients(patch)
-        for restarts in (1, 2, 3):
-            before = len(calls)
-            whole = evaluate(cnn, *data, **settings | {"restarts": restarts})
-            per_restart.append(len(calls) - before)
-    assert per_restart[0] < per_restart[1] < per_restart[2]
+    steps = []  # of 1, 2 and 3 restarts
+    for restarts in (1, 2, 3):
+        whole, watch = watched(classifier, *data, replace(settings, restarts=restarts))
+        steps.append(len(watch.steps))
+    assert steps[0] < steps[1] < steps[2]
 
-    with monkeypatch.context() as patch:  # killed in the middle of the third restart
-        count_gradients(patch, kill_at=per_restart[1] + 2)
-        with pytest.raises(Killed):
-            evaluate(cnn, *data, **settings, partial=partial)
-    with monkeypatch.context() as patch:
-        calls = count_gradients(patch)
-        resumed = evaluate(cnn, *data, **settings, partial=partial)
-    assert len(calls) == per_restart[2] - per_restart[1]  # the third restart, and nothing else
+    killed, _ = watched(classifier, *data, settings, partial, kill_at=steps[1] + 2)
+    assert killed is None
+    resumed, watch = watched(classifier, *data, settings, partial)
+    assert len(watch.steps) == steps[2] - steps[1]  # the third restart, and nothing else
+    assert watch.said == [f"an interrupted run is resumed from {partial}, 2 restarts done"]
     assert csv(resumed, tmp_path / "resumed") == csv(whole, tmp_path / "whole")
     np.testing.assert_array_equal(resumed.x_adv, whole.x_adv)
+    assert resumed.summary["gradient_calls"] == whole.summary["gradient_calls"] == steps[2]
 
 
-def test_progress_of_another_evaluation_is_not_taken_over(cnn, data, tmp_path, monkeypatch):
+def test_progress_of_another_evaluation_is_not_taken_over(cnn, data, tmp_path):
     partial = tmp_path / "partial.npz"
-    evaluate(cnn, *data, **QUICK, partial=partial, model_sha256="a")
-    calls = count_gradients(monkeypatch)
-    evaluate(cnn, *data, **QUICK, partial=partial, model_sha256="a")
-    assert not calls
-    evaluate(cnn, *data, **QUICK, partial=partial, model_sha256="b")
-    assert calls
+    classifier = CompiledClassifier(cnn, CLASSES, SHAPE)
+
+    def restarts_resumed(settings=WEAK, sha256="a", of=data):
+        subject = Subject(model_sha256=sha256)
+        _, watch = watched(classifier, *of, settings, partial, subject=subject)
+        return not watch.steps
+
+    x, y = data
+    assert not restarts_resumed() and restarts_resumed()
+    assert not restarts_resumed(sha256="b") and restarts_resumed(sha256="b")
+    assert not restarts_resumed(replace(WEAK, seed=1)) and restarts_resumed(replace(WEAK, seed=1))
+    assert not restarts_resumed(of=(x[::-1], y[::-1])) and not restarts_resumed()
     partial.write_bytes(b"damaged")
-    evaluate(cnn, *data, **QUICK, partial=partial, model_sha256="b")
+    assert not restarts_resumed()
 
 
 def test_finished_restarts_outlive_an_error(cnn, data, tmp_path, monkeypatch):
     """A full disk, say: whoever gives the same command again loses one restart, not all."""
-    settings = QUICK | {"epsilon": 3 / 255, "alpha": 1 / 255, "restarts": 3}
-    partial, write, said = tmp_path / "partial.npz", evaluation.write_atomically, []
+    partial, write = tmp_path / "partial.npz", evaluation.write_atomically
 
     def full_disk(path, content):
         if Path(path).exists():
@@ -254,21 +312,20 @@ def test_finished_restarts_outlive_an_error(cnn, data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "write_atomically", full_disk)
         with pytest.raises(InputError, match="no space"):
-            evaluate(cnn, *data, **settings, partial=partial)
-    resumed = evaluate(cnn, *data, **settings, partial=partial, say=said.append)
-    assert said == [f"an interrupted run is resumed from {partial}, 1 restarts done"]
-    whole = evaluate(cnn, *data, **settings, say=said.append)
+            watched(cnn, *data, WEAK, partial)
+    resumed, watch = watched(cnn, *data, WEAK, partial)
+    assert watch.said == [f"an interrupted run is resumed from {partial}, 1 restarts done"]
+    whole, watch = watched(cnn, *data, WEAK)
     assert csv(resumed, tmp_path / "resumed") == csv(whole, tmp_path / "whole")
-    assert len(said) == 1
+    assert not watch.said
 
 
 def test_progress_ends_at_its_total_and_shows_what_stands(cnn, data):
-    seen = []
-    result = evaluate(cnn, *data, **QUICK, progress=lambda *now: seen.append(now))
-    done, total, standing = seen[-1]
-    assert done == total
-    assert standing == round(result.summary["robust_accuracy"] * N)
-    assert [d for d, _, _ in seen] == sorted(d for d, _, _ in seen)
+    result, watch = watched(cnn, *data, WEAK)
+    done, total, standing = watch.steps[-1]
+    assert done == total == result.images["clean_prediction"].eq(data[1]).sum() * 3 * 7
+    assert 0 < standing == result.is_robust.sum()
+    assert [d for d, _, _ in watch.steps] == sorted(d for d, _, _ in watch.steps)
 
 
 # --- saved models and their files
@@ -285,10 +342,11 @@ def saved(cnn, tmp_path):
 SETTINGS = AttackSettings(steps=3, restarts=2)
 
 
-def run_saved(folder, data, said=None, **named):
+def run_saved(folder, data, watch=None, settings=SETTINGS, **named):
+    execution = (watch or Watch()).execution()
     with open_model(folder) as opened:
-        said = [] if said is None else said
-        return evaluate_saved(opened, *data, SETTINGS, dataset="toy", say=said.append, **named)
+        images = ImageSet(*data, "toy")
+        return evaluate_saved(opened, images, settings, execution=execution, **named)
 
 
 def test_files_say_what_was_done(saved, data):
@@ -297,79 +355,69 @@ def test_files_say_what_was_done(saved, data):
     assert files == [f"pgd-3-2-true-toy-n60.{end}" for end in ("csv", "json")]
     summary = json.loads((saved / "robustness" / files[1]).read_text())
     assert summary == result.summary
-    assert summary["model"] == "net"
+    assert summary["model"] == "net" and summary["dataset"]["name"] == "toy"
     assert len(summary["model_sha256"]) == len(summary["dataset"]["fingerprint"]) == 64
-    assert set(summary["versions"]) == {
-        "python",
-        "tensorflow",
-        "keras",
-        "adversarial-robustness-toolbox",
-        "numpy",
-    }
+    assert {"python", "tensorflow", "keras", "numpy"} <= set(summary["versions"])
     assert "\n" not in summary["hardware"]
+    attack = summary["attack"]
+    assert (attack["name"], attack["steps"], attack["restarts"]) == ("pgd", 3, 2)
+    assert (attack["epsilon"], attack["alpha"], attack["batch_size"]) == (8 / 255, 2 / 255, 16)
 
 
-def test_finished_result_is_read_unless_forced(saved, data, monkeypatch):
-    first, said = run_saved(saved, data), []
-    calls = count_gradients(monkeypatch)
-    again = run_saved(saved, data, said)
-    assert not calls
-    assert "finished before" in said[0]
-    assert again.summary == first.summary
-    run_saved(saved, data, force=True)
-    assert calls
+def test_finished_result_is_read_unless_forced(saved, data):
+    first, again, forced = Watch(), Watch(), Watch()
+    result = run_saved(saved, data, first)
+    assert run_saved(saved, data, again).summary == result.summary
+    assert first.steps and not again.steps
+    assert "net: finished before" in again.said[0]
+    run_saved(saved, data, forced, force=True)
+    assert len(forced.steps) == len(first.steps)
 
 
 def test_result_of_another_model_is_not_overwritten(saved, cnn, data):
     run_saved(saved, data)
+    x, y = data
+    with pytest.raises(InputError, match=r"another evaluation \(images "):
+        run_saved(saved, (x[::-1].copy(), y))
     other = keras.models.clone_model(cnn)
     other.save(saved / "model.keras")
-    with pytest.raises(InputError, match="another evaluation"):
+    with pytest.raises(InputError, match=r"another evaluation \(model sha256 "):
         run_saved(saved, data)
     run_saved(saved, data, force=True)
 
 
-def test_results_of_other_settings_have_other_names():
-    names = {
-        AttackSettings().stem(1000, "cifar10"): "pgd-50-10-true",
-        AttackSettings(labels="predicted").stem(256): "pgd-50-10-predicted-n256",
-        AttackSettings(epsilon=4 / 255).stem(1000): "pgd-50-10-true-eps4",
-        AttackSettings(epsilon=0.031, alpha=0.003, steps=40, restarts=40).stem(
-            1000, "digits"
-        ): "pgd-40-40-true-digits-eps7.905-step0.765",
-        AttackSettings(seed=3).stem(1000): "pgd-50-10-true-seed3",
-    }
-    assert list(names) == list(names.values())
+def test_attacked_images_are_kept_when_asked_for(saved, data):
+    assert run_saved(saved, data).x_adv is not None
+    assert run_saved(saved, data).x_adv is None  # read; its images were not saved
+    again = Watch()
+    result = run_saved(saved, data, again, keep_images=True)
+    assert again.steps and "attacked again" in again.said[0]
+    path = evaluation.save_adversarial(result, saved / "robustness")
+    read = Watch()
+    kept = run_saved(saved, data, read, keep_images=True)
+    assert not read.steps
+    np.testing.assert_array_equal(kept.x_adv, result.x_adv)
+    run_saved(saved, data, force=True)
+    assert not path.exists()  # images of an earlier result
+    path.write_bytes(b"damaged")
+    with pytest.raises(InputError, match="does not hold attacked images"):
+        run_saved(saved, data, keep_images=True)
 
 
 # --- refusals
 
 
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({"epsilon": 300 / 255}, "epsilon"),
-        ({"epsilon": -1 / 255}, "epsilon"),
-        ({"epsilon": float("nan")}, "epsilon"),
-        ({"alpha": 0}, "alpha"),
-        ({"alpha": -2 / 255}, "alpha"),
-        ({"steps": 0}, "steps"),
-        ({"restarts": 0}, "restarts"),
-        ({"seed": -1}, "seed"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"labels": "maybe"}, "labels"),
-    ],
-)
-def test_impossible_settings_are_refused(cnn, data, changed, reason):
-    with pytest.raises(InputError, match=reason):
-        evaluate(cnn, *data, **QUICK | changed)
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, 10**12])
+def test_impossible_batches_are_refused(batch_size):
+    with pytest.raises(InputError, match="batch size must be a whole number from 1 to"):
+        Execution(batch_size=batch_size)
 
 
 def test_impossible_images_are_refused(cnn, data):
     x, y = data
     for wrong_x, wrong_y in ((x * 255, y), (x[:0], y[:0]), (x, y[:5]), (x, y / 1), (x[0], y)):
         with pytest.raises(InputError):
-            evaluate(cnn, wrong_x, wrong_y, **QUICK)
+            evaluate(cnn, wrong_x, wrong_y, QUICK)
 
 
 def test_models_that_do_not_fit_are_refused(data):
@@ -380,34 +428,25 @@ def test_models_that_do_not_fit_are_refused(data):
 
     x, y = data
     with pytest.raises(InputError, match="takes inputs of shape"):
-        evaluate(model((28, 28, 1)), x, y, **QUICK)
+        evaluate(model((28, 28, 1)), x, y, QUICK)
     with pytest.raises(InputError, match="3 classes are expected"):
-        evaluate(model(last=2), x, y, **QUICK)
+        evaluate(model(last=2), x, y, QUICK)
     with pytest.raises(InputError, match="10 classes are expected"):
-        evaluate(model(last=3), x, y, **QUICK, classes=10)
+        evaluate(model(last=3), x, y, QUICK, subject=Subject(classes=10))
     with pytest.raises(InputError, match="NaN"):
-        evaluate(lambda x, training=False: x[:, :3, 0, 0] * np.nan, x, y, **QUICK)
+        evaluate(lambda x, training=False: x[:, :3, 0, 0] * np.nan, x, y, QUICK)
     with pytest.raises(InputError, match="cannot be compiled"):
-        evaluate(lambda x, training=False: x.numpy()[:, :3, 0, 0], x, y, **QUICK)
+        evaluate(lambda x, training=False: x.numpy()[:, :3, 0, 0], x, y, QUICK)
     with pytest.raises(InputError, match="cannot be called"):
-        evaluate(lambda x, training=False: 1 / 0, x, y, **QUICK)
+        evaluate(lambda x, training=False: 1 / 0, x, y, QUICK)
 
 
-def test_folder_that_cannot_be_written_is_refused_before_the_attack(
-    saved, data, tmp_path, monkeypatch
-):
+def test_folder_that_cannot_be_written_is_refused_before_the_attack(saved, data, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    calls = count_gradients(monkeypatch)
+    watch = Watch()
     with pytest.raises(InputError, match="cannot write"):
-        run_saved(saved, data, out=tmp_path / "file")
-    assert not calls
-
-
-def test_defaults_are_the_published_attack():
-    settings = evaluation.AttackSettings()
-    assert settings.epsilon == pytest.approx(8 / 255)
-    assert settings.alpha == pytest.approx(2 / 255)
-    assert (settings.steps, settings.restarts, settings.labels) == (50, 10, "true")
+        run_saved(saved, data, watch, out=tmp_path / "file")
+    assert not watch.steps
 
 
 # --------------------------------------------------------------------------- attacks by name
@@ -442,120 +481,74 @@ def ten_classes():
 @pytest.fixture
 def short_suite(monkeypatch):
     """The suite's members with fewer steps."""
-    short = {
-        "apgd-ce": {"alpha": None, "steps": 10, "restarts": 1},
-        "apgd-t": {"alpha": None, "steps": 6, "restarts": 9},
-        "square": {"alpha": None, "steps": 60, "restarts": 1},
-        "pgd": {"alpha": ALPHA, "steps": 10, "restarts": 3},
-    }
-    for name, defaults in short.items():
-        monkeypatch.setitem(results.DEFAULTS, name, defaults)
+    short = {"apgd-ce": 10, "apgd-t": 6, "square": 60, "pgd": 10}
+    for name, steps in short.items():
+        monkeypatch.setitem(ATTACKS, name, replace(ATTACKS[name], steps=steps))
+    monkeypatch.setitem(ATTACKS, "pgd", replace(ATTACKS["pgd"], restarts=3))
+    return AttackSettings("suite", SUITE_EPSILON)
 
 
 SUITE_EPSILON = 0.045  # fells some of the images, by more than one member
 
 
-def test_suite_is_never_above_its_members(ten_classes, short_suite):
-    suite = evaluate(*ten_classes, attack="suite", epsilon=SUITE_EPSILON)
-    stands = suite.images["label"] == suite.images["adversarial_prediction"]
-    assert 0 < stands.sum() < suite.summary["clean_accuracy"] * 40
-    for name in results.SUITE:
-        alone = evaluate(*ten_classes, attack=name, epsilon=SUITE_EPSILON)
-        alone_stands = alone.images["label"] == alone.images["adversarial_prediction"]
-        assert not (stands & ~alone_stands).any(), name
+def test_suite_is_never_above_its_members_and_can_be_recounted(ten_classes, short_suite, tmp_path):
+    model, x, y = ten_classes
+    classifier = CompiledClassifier(model, TEN, SHAPE)
+    suite = evaluate(classifier, x, y, short_suite)
+    stands = np.asarray(suite.is_robust)
+    assert 0 < stands.sum() < suite.summary["clean_accuracy"] * len(x)
+    for member in short_suite.members:
+        assert not (stands & ~np.asarray(evaluate(classifier, x, y, member).is_robust)).any()
 
-
-def test_suite_can_be_recounted_from_its_csv(ten_classes, short_suite, tmp_path):
-    result = evaluate(*ten_classes, attack="suite", epsilon=SUITE_EPSILON)
-    result.write(tmp_path)
-    rows = pd.read_csv(tmp_path / f"{result.stem}.csv")
+    suite.write(tmp_path)
+    rows = pd.read_csv(tmp_path / f"{suite.stem}.csv")
     clean = rows.label == rows.clean_prediction
     robust = clean & (rows.label == rows.adversarial_prediction)
     fell = rows.felled_by.value_counts()
-
-    summary = result.summary
-    assert summary["robust_accuracy"] == robust.mean()
-    assert summary["clean_accuracy"] == clean.mean()
+    assert suite.summary["robust_accuracy"] == robust.mean()
     standing = clean.sum()
-    for member in summary["attack"]["members"]:
+    for settings, member in zip(
+        short_suite.members, suite.summary["attack"]["members"], strict=True
+    ):
+        assert member["name"] == settings.attack and member["steps"] == settings.steps
         assert member["fell"] == fell.get(member["name"], 0)
         assert member["attacked"] == standing
         standing -= member["fell"]
-    assert standing == robust.sum()
+    assert standing == robust.sum() and len(fell) > 1
     assert (rows.felled_by.notna() == (clean & ~robust)).all()
 
 
-def test_interrupted_suite_repeats_no_finished_work(
-    ten_classes, short_suite, tmp_path, monkeypatch
-):
-    whole = evaluate(*ten_classes, attack="suite", epsilon=SUITE_EPSILON)
-    calls = []
-    original = evaluation._State.save
-
-    def save(self, path, key):
-        original(self, path, key)
-        calls.append(self.units_done)
-        if self.units_done == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluation._State, "save", save)
-    partial = tmp_path / "partial.npz"
-    kwargs = {"attack": "suite", "epsilon": SUITE_EPSILON, "partial": partial}
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(*ten_classes, **kwargs)
+def test_interrupted_suite_repeats_no_finished_work(ten_classes, short_suite, tmp_path):
+    model, x, y = ten_classes
+    classifier, partial = CompiledClassifier(model, TEN, SHAPE), tmp_path / "partial.npz"
+    whole, watch = watched(classifier, x, y, short_suite)
+    watched(classifier, x, y, short_suite, partial, kill_at=len(watch.steps) * 2 // 3)
     with np.load(partial) as kept:
-        done = int(kept["gradient_calls"])
-    monkeypatch.setattr(evaluation._State, "save", original)
-
-    counted = []
-    loss_gradient = CompiledClassifier.loss_gradient
-    differentiable = CompiledClassifier.differentiable
-
-    def count(self, *args, **kwargs):
-        counted.append(1)
-        return loss_gradient(self, *args, **kwargs)
-
-    def count_compiled(self, loss):
-        compiled = differentiable(self, loss)
-
-        def call(*args):
-            counted.append(1)
-            return compiled(*args)
-
-        return call
-
-    monkeypatch.setattr(CompiledClassifier, "loss_gradient", count)
-    monkeypatch.setattr(CompiledClassifier, "differentiable", count_compiled)
-    resumed = evaluate(*ten_classes, **kwargs)
-    assert 0 < done and done + len(counted) == whole.summary["gradient_calls"]
+        done, calls = int(kept["units_done"]), int(kept["gradient_calls"])
+    assert 2 < done < 14
+    before = classifier.gradient_calls
+    resumed, after = watched(classifier, x, y, short_suite, partial)
+    assert after.said == [f"an interrupted run is resumed from {partial}, {done} restarts done"]
+    # One more looks whether there is a gradient at all.
+    assert classifier.gradient_calls - before == whole.summary["gradient_calls"] - calls + 1
+    assert resumed.summary["gradient_calls"] == whole.summary["gradient_calls"]
     assert csv(resumed, tmp_path / "resumed") == csv(whole, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("attack", results.ATTACKS)
-def test_every_attack_keeps_its_promises(ten_classes, short_suite, attack):
+def test_at_radius_0_nothing_falls(ten_classes):
     model, x, y = ten_classes
-    kwargs = {"steps": 8} if attack in ("deepfool", "cw") else {}
-    result = evaluate(model, x[:20], y[:20], attack=attack, epsilon=0.1, **kwargs)
-    assert np.abs(result.x_adv - x[:20]).max() <= 0.1 + 1e-6
-    assert result.summary["robust_accuracy"] < result.summary["clean_accuracy"]
-    assert result.summary["attack"]["name"] == attack
-    again = model.predict(result.x_adv, verbose=0).argmax(axis=-1)
-    np.testing.assert_array_equal(again, result.images["adversarial_prediction"])
-    unchanged = evaluate(model, x[:20], y[:20], attack=attack, epsilon=0, **kwargs)
-    assert unchanged.summary["robust_accuracy"] == unchanged.summary["clean_accuracy"]
+    classifier = CompiledClassifier(model, TEN, SHAPE)
+    for name, own in ATTACKS.items():
+        if not own.members:
+            settings = AttackSettings(name, 0.0, steps=min(own.steps, 4), restarts=1)
+            result = evaluate(classifier, x[:20], y[:20], settings)
+            np.testing.assert_array_equal(result.is_robust, result.is_clean, err_msg=name)
+            np.testing.assert_array_equal(result.x_adv, x[:20], err_msg=name)
 
 
-def test_fgsm_is_one_signed_step_from_the_clean_image(ten_classes):
+def test_an_attack_can_be_named_instead_of_its_settings(ten_classes):
     model, x, y = ten_classes
-    result = evaluate(model, x, y, attack="fgsm", epsilon=0.02)
-    with tf.GradientTape() as tape:
-        images = tf.constant(x)
-        tape.watch(images)
-        loss = keras.losses.sparse_categorical_crossentropy(y, model(images), from_logits=True)
-    sign = np.sign(tape.gradient(loss, images))
-    attacked = np.clip(x + 0.02 * sign, 0, 1)
-    clean = (result.images["label"] == result.images["clean_prediction"]).to_numpy()
-    np.testing.assert_allclose(result.x_adv[clean], attacked[clean], atol=1e-6)
+    assert evaluate(model, x[:3], y[:3], "fgsm").summary["attack"]["name"] == "fgsm"
 
 
 def test_a_hidden_adversarial_example_is_found():
@@ -572,29 +565,7 @@ def test_a_hidden_adversarial_example_is_found():
 
     y = np.array([0])
     for attack in ("pgd", "apgd-ce"):
-        found = evaluate(model, x, y, attack=attack, epsilon=EPSILON)
+        found = evaluate(model, x, y, attack)
         assert found.summary["robust_accuracy"] == 0, attack
-    below = evaluate(model, x, y, epsilon=0.98 * EPSILON)
+    below = evaluate(model, x, y, AttackSettings(epsilon=0.98 * EPSILON))
     assert below.summary["robust_accuracy"] == 1
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"attack": "autoattack"}, "must be one of pgd"),
-        ({"attack": "suite", "steps": 5}, "chooses its own steps"),
-        ({"attack": "square", "alpha": 0.1}, "chooses its own alpha"),
-        ({"attack": "fgsm", "steps": 2}, "one step"),
-        ({"attack": "deepfool", "restarts": 2}, "nothing random"),
-        ({"attack": "suite", "labels": "predicted"}, "labels true"),
-        ({"attack": "apgd-t"}, "at least 4 classes"),
-    ],
-)
-def test_impossible_attacks_are_refused(cnn, data, settings, reason):
-    with pytest.raises(InputError, match=reason):
-        evaluate(cnn, *data, **settings)
-
-
-def test_more_targets_than_other_classes_are_refused(ten_classes):
-    with pytest.raises(InputError, match="allow 9 restarts; got 10"):
-        evaluate(*ten_classes, attack="apgd-t", restarts=10)

@@ -4,10 +4,11 @@ import hashlib
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import keras
@@ -21,7 +22,10 @@ from activationsf import Kaf, Kwta
 from activationsf import activation as activation_layer
 from fbfadvtrain import RobustnessProbe
 from kaf_study import InputError, train
+from kaf_study.checkpoint import Checkpoint, read_checkpoint
+from kaf_study.config import config_of, parse, recipe
 from kaf_study.datasets import load
+from kaf_study.model_folder import ModelFolder
 
 TINY = {"dataset": "digits", "architecture": "light_cnn", "train_n": 64, "batch_size": 32}
 IMAGES = {"name": "digits"}  # of checkpoints made here
@@ -55,6 +59,22 @@ def tiny_network(name, activation, **kwargs):
 def tiny(monkeypatch):
     monkeypatch.setattr(train, "build", tiny_network)
     monkeypatch.setattr(train, "PROBE_IMAGES", 16)
+
+
+STRAIGHT = {"epochs": 3, "seed": 1, "deterministic": True}
+KEPT = ("settings.json", "checkpoint.npz")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of the settings `STRAIGHT` that nothing interrupted: what every other is to equal."""
+    out = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build", tiny_network)
+        patch.setattr(train, "PROBE_IMAGES", 16)
+        train.train(config(**STRAIGHT), out, verbose=0)
+    disable_op_determinism()
+    return out
 
 
 @pytest.fixture
@@ -91,14 +111,14 @@ def files(folder):
 
 
 def test_recipes_are_those_of_the_reference():
-    assert train.recipe("thesis", "resnet20", "kaf") == {
+    assert recipe("thesis", "resnet20", "kaf") == {
         "optimizer": "sgd", "lr_start": 0.0, "lr_min": 0.01, "lr_max": 0.8, "lr_peak": 0.5,
         "momentum": 0.0, "l2": 5e-4, "kernel_initializer": "glorot_uniform", "ema_momentum": None,
     }  # fmt: skip
     bounds = {
         name: (settings["lr_min"], settings["lr_max"])
         for name in ("relu", "elu", "kaf", "kaf_elu", "swish", "kaf_swish", "kaf_free")
-        for settings in [train.recipe("thesis", "vgg", name)]
+        for settings in [recipe("thesis", "vgg", name)]
     }
     assert bounds == {
         "relu": (0.0001, 0.08),
@@ -109,9 +129,9 @@ def test_recipes_are_those_of_the_reference():
         "kaf_swish": (0.0001, 0.8),
         "kaf_free": (0.01, 2),
     }
-    fast = train.recipe("fast", "resnet20", "kaf")
+    fast = recipe("fast", "resnet20", "kaf")
     assert fast["momentum"] == 0.9 and fast["lr_max"] < 0.8
-    assert train.recipe("adam", "light_cnn", "kaf")["optimizer"] == "adam"
+    assert recipe("adam", "light_cnn", "kaf")["optimizer"] == "adam"
 
 
 def test_the_optimizer_is_the_one_that_is_set():
@@ -125,31 +145,25 @@ def test_the_optimizer_is_the_one_that_is_set():
 
 
 def test_the_command_line_defaults_to_the_settings_defaults():
-    assert train.config_of(train.parse(["--out", "x"])) == train.TrainConfig()
+    assert config_of(parse(["--out", "x"], "train")) == train.TrainConfig()
 
 
 def test_options_override_the_recipe_and_255ths_are_converted_once():
     arguments = "--out x --recipe thesis --lr-max 0.5 --l2 0 --epsilon 4".split()
-    settings = train.config_of(train.parse(arguments))
+    settings = config_of(parse(arguments, "train"))
     assert (settings.lr_min, settings.lr_max, settings.momentum) == (0.01, 0.5, 0.0)
     assert settings.l2 == 0
     assert settings.epsilon == 4 / 255 and settings.alpha == 5 / 255
-    settings = train.config_of(train.parse([*arguments, "--alpha", "2"]))
+    settings = config_of(parse([*arguments, "--alpha", "2"], "train"))
     assert settings.alpha == 2 / 255
 
 
 # --- a whole run
 
 
-@pytest.mark.parametrize("activation", ["relu", "kaf"])
-def test_a_run_leaves_a_complete_model_folder(activation, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "PROBE_IMAGES", 16)
-    if activation == "kaf":  # relu in the real network
-        monkeypatch.setattr(train, "build", tiny_network)
-    out = tmp_path / "models" / "net"
-    record = train.train(config(activation=activation), out, verbose=0)
+def test_a_run_leaves_a_complete_model_folder(straight):
+    out, record = straight, json.loads((straight / "training.json").read_text())
     assert {p.name for p in out.iterdir()} == {"model.keras", "training.json", "history.csv"}
-    assert record == json.loads((out / "training.json").read_text())
     model_bytes = (out / "model.keras").read_bytes()
     assert record["model_sha256"] == hashlib.sha256(model_bytes).hexdigest()
     assert record["settings"]["epsilon"] == 8 / 255
@@ -157,9 +171,10 @@ def test_a_run_leaves_a_complete_model_folder(activation, tmp_path, monkeypatch)
     assert record["dataset"]["train_n"] == 64
 
     history = pd.read_csv(out / "history.csv")
-    assert list(history["epoch"]) == [0, 1] and set(history) == set(COLUMNS)
-    # The end of the triangular cycle, in batches: 4 in all.
-    np.testing.assert_allclose(history["learning_rate"], [0.2, 0.002], rtol=1e-5)
+    assert list(history["epoch"]) == [0, 1, 2] and set(history) == set(COLUMNS)
+    # The triangular cycle after 2, 4 and 6 of 6 batches: three quarters of the way from 0.002 to
+    # its peak of 0.2 in the middle (it begins at one quarter), two thirds, and its end.
+    np.testing.assert_allclose(history["learning_rate"], [0.1505, 0.134, 0.002], rtol=1e-5)
 
     model = keras.models.load_model(out / "model.keras")
     assert type(model) is type(keras.Model(model.input, model.output))
@@ -170,13 +185,17 @@ def test_a_run_leaves_a_complete_model_folder(activation, tmp_path, monkeypatch)
     assert results["validation_clean"] == accuracy and results["validation_n"] == 180
     assert results["parameters"] == model.count_params()
     assert results["probe_pgd"] == history["probe_pgd"].iloc[-1] and results["probe_n"] == 16
-    assert results["epochs_trained"] == 2
+    assert results["epochs_trained"] == 3
     assert results["catastrophic_overfitting_in_epoch"] is None
 
 
-def test_a_finished_folder_is_left_alone_unless_forced(tiny, tmp_path, capsys):
-    arguments = command_line(TINY | {"activation": "relu", "epochs": 1}, tmp_path)
-    assert train.main(arguments) == 0
+def test_a_finished_folder_is_left_alone_unless_forced(tiny, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    record = json.loads((tmp_path / "training.json").read_text())
+    record["settings"]["deterministic"] = False
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    settings = {name: STRAIGHT[name] for name in ("epochs", "seed")} | {"activation": "relu"}
+    arguments = command_line(TINY | settings, tmp_path)
     (tmp_path / "robustness").mkdir()
     (tmp_path / "robustness" / "pgd.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
@@ -189,20 +208,20 @@ def test_a_finished_folder_is_left_alone_unless_forced(tiny, tmp_path, capsys):
     other = [*arguments, "--seed", "3", "--epsilon", "4"]
     assert train.main(other) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "seed: there 0, asked 3" in error
+    assert error.count("\n") == 1 and "seed: there 1, asked 3" in error
     assert "epsilon: there" in error and "alpha: there" in error and "lr_max" not in error
     assert train.main([*arguments, "--epochs", "0", "--force"]) == 2
     assert train.main([*arguments, "--lr-min", "9", "--force"]) == 2
     assert files(tmp_path) == before  # not even --force removes anything for a refused run
 
-    assert train.main([*other, "--force"]) == 0
+    assert train.main([*other, "--epochs", "1", "--force"]) == 0
     assert json.loads((tmp_path / "training.json").read_text())["settings"]["seed"] == 3
     names = {"model.keras", "training.json", "history.csv", "notes.txt"}  # no robustness
     assert set(files(tmp_path)) == names
 
 
 def test_an_unfinished_run_of_other_settings_or_a_foreign_model_is_refused(tmp_path):
-    folder = train.ModelFolder(tmp_path)
+    folder = ModelFolder(tmp_path)
     folder.start(config(seed=1), force=False)
     with pytest.raises(InputError, match="seed: there 1, asked 2"):
         train.train(config(seed=2), tmp_path)
@@ -225,13 +244,16 @@ def build_trainer(seed):
     return train.build_trainer(train.build_network(settings), settings, 10)
 
 
-def test_a_checkpoint_holds_every_variable(tiny, tmp_path):
+def test_a_checkpoint_holds_every_variable(tiny, tmp_path, monkeypatch):
+    figures = {"probe_clean": 0.9, "probe_fgsm": 0.5, "probe_pgd": 0.4}
+    monkeypatch.setattr(RobustnessProbe, "measure", lambda self: (figures, None))
     model = build_trainer(0)
     x, y = np.random.default_rng(0).uniform(size=(40, 32, 32, 3)).astype("float32"), np.arange(40)
-    checkpoint = train.Checkpoint(tmp_path / "checkpoint.npz", model, IMAGES)
-    model.fit(x, y % 10, verbose=0, callbacks=[checkpoint])
+    checkpoint = Checkpoint(tmp_path / "checkpoint.npz", model, IMAGES)
+    probe = RobustnessProbe(x[:4], y[:4])
+    model.fit(x, y % 10, verbose=0, callbacks=[probe, checkpoint])
     other = build_trainer(1)
-    restored = train.Checkpoint(tmp_path / "checkpoint.npz", other, IMAGES)
+    restored = Checkpoint(tmp_path / "checkpoint.npz", other, IMAGES)
     assert restored.history == checkpoint.history and len(restored.history) == 1
     names = []
     variables = [[*m.variables, *m.optimizer.variables] for m in (model, other)]
@@ -245,11 +267,9 @@ def test_a_checkpoint_holds_every_variable(tiny, tmp_path):
 
 
 def test_a_run_interrupted_at_every_awkward_moment_ends_the_same(
-    tiny, deterministic, tmp_path, monkeypatch
+    tiny, deterministic, straight, tmp_path, monkeypatch, capsys
 ):
-    settings = config(epochs=3, deterministic=True)
-    straight, out = tmp_path / "straight", tmp_path / "interrupted"
-    train.train(settings, straight, verbose=0)
+    settings, out = config(**STRAIGHT), tmp_path / "interrupted"
 
     def interrupted(module, name, moment, error=KeyboardInterrupt):
         """One call of train that ends when `name` is called with arguments that `moment` picks."""
@@ -264,13 +284,30 @@ def test_a_run_interrupted_at_every_awkward_moment_ends_the_same(
             patch.setattr(module, name, replacement, raising=False)
             with pytest.raises(error):
                 train.train(settings, out, verbose=0)
+        assert not [p for p in out.rglob("*") if p.name.startswith(".")]  # no litter, no lock
 
     def ends_in(name):
         return lambda source, target: os.fspath(target).endswith(name)
 
     def epochs_kept():
-        with np.load(out / "unfinished" / "checkpoint.npz") as stored:
-            return len(json.loads(str(stored["state"]))["history"])
+        return len(read_checkpoint(out / "unfinished" / "checkpoint.npz")[0]["history"])
+
+    def stopped_by_a_full_disk(limit):
+        """One call of the command while no file may have more than `limit` bytes."""
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        try:
+            arguments = {name: STRAIGHT[name] for name in ("epochs", "seed")}
+            arguments |= TINY | {"activation": "relu"}
+            assert train.main(command_line(arguments, out, "--deterministic")) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "cannot write" in error and "too large" in error
+
+    # the disk has no room for a checkpoint
+    stopped_by_a_full_disk(2000)
+    assert set(files(out)) == {"unfinished", "unfinished/settings.json"}
 
     batches = []
 
@@ -279,58 +316,79 @@ def test_a_run_interrupted_at_every_awkward_moment_ends_the_same(
         return len(batches) == 3
 
     # in the middle of epoch 2; callbacks of Keras have one such method for each batch
-    interrupted(train.Checkpoint, "on_train_batch_end", is_third_batch, SystemExit)
+    interrupted(Checkpoint, "on_train_batch_end", is_third_batch, SystemExit)
     assert epochs_kept() == 1
     # epoch 2 is trained and its checkpoint written, but not yet in its place
     interrupted(os, "replace", ends_in("checkpoint.npz"))
-    assert epochs_kept() == 1 and (out / "unfinished" / "checkpoint.part").exists()
-    # all is trained; one file after the other takes its place
+    assert epochs_kept() == 1
+    # all is trained, and the disk has no room for the model
+    stopped_by_a_full_disk((straight / "model.keras").stat().st_size - 1)
+    assert set(files(out)) == {"unfinished", *(f"unfinished/{name}" for name in KEPT)}
+    assert epochs_kept() == 3
+    # one file after the other takes its place
     for name in ("model.keras", "history.csv", "training.json"):
         interrupted(os, "replace", ends_in(name))
         assert epochs_kept() == 3 and not (out / "training.json").exists()
-    interrupted(train.shutil, "rmtree", lambda path, *_, **__: Path(path).name == "unfinished")
+    interrupted(shutil, "rmtree", lambda path, *_, **__: Path(path).name == "unfinished")
     assert (out / "training.json").exists() and (out / "unfinished").exists()
 
-    train.train(settings, out, verbose=0)
+    record = train.train(settings, out, verbose=0)
+    assert set(files(out)) == {"model.keras", "training.json", "history.csv"}
+    assert_same_result(out, straight)
+    assert [process["first_epoch"] for process in record["processes"]] == [
+        0,
+        1,
+    ]  # whose work is in it
+
+
+def test_killed_and_started_again_a_run_ends_as_if_nothing_had_happened(straight, tmp_path):
+    # As python -m kaf_study.train, with the tiny network and a shorter probe; the first time it
+    # kills itself when an epoch is kept, half of a file is written, and the lock is held.
+    script = f"""
+import os, pathlib, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_train import tiny_network, train
+train.build, train.PROBE_IMAGES = tiny_network, 16
+folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+def killed(source, target, replace=os.replace):
+    replace(source, target)
+    if str(target).endswith("checkpoint.npz"):
+        (folder / ".tmp-model.keras").write_bytes(b"half")
+        os.kill(os.getpid(), {signal.SIGKILL.value})
+if not (folder / "unfinished").exists():
+    os.replace = killed
+sys.exit(train.main())
+"""
+    out = tmp_path / "killed"
+    settings = TINY | {"activation": "relu", "epochs": 3, "seed": 1}
+    command = [sys.executable, "-c", script, *command_line(settings, out, "--deterministic")]
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    first = subprocess.run(command, env=environment, capture_output=True)
+    assert first.returncode == -signal.SIGKILL and (out / ".training.lock").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "Resuming" in again.stdout and "after epoch 1 of 3." in again.stdout
     assert set(files(out)) == {"model.keras", "training.json", "history.csv"}
     assert_same_result(out, straight)
 
 
-def test_killed_and_started_again_a_run_ends_as_if_nothing_had_happened(
-    tiny, deterministic, tmp_path
-):
-    settings = TINY | {"activation": "relu", "epochs": 4, "seed": 1}
-    killed, straight = tmp_path / "killed", tmp_path / "straight"
-    # As python -m kaf_study.train, with the tiny network and a shorter probe.
-    script = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_train import tiny_network, train
-train.build, train.PROBE_IMAGES = tiny_network, 16
-sys.exit(train.main())
-"""
-    command = [sys.executable, "-c", script, *command_line(settings, killed, "--deterministic")]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    try:
-        checkpoint, deadline = killed / "unfinished" / "checkpoint.npz", time.monotonic() + 120
-        while not checkpoint.exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (killed / "training.json").exists()
+def test_an_interrupt_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
 
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "Resuming" in result.stdout and "of 4." in result.stdout
+    arguments = command_line(TINY | {"activation": "relu"}, tmp_path)
+    monkeypatch.setattr(train, "load", interrupt)
+    assert train.main(arguments) == 130
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the same command" in error
 
-    assert train.main(command_line(settings, straight, "--deterministic")) == 0
-    assert len(history_of(straight)) == 4
-    assert_same_result(killed, straight)
+
+def test_a_second_run_in_a_folder_is_one_line(tiny, tmp_path, capsys):
+    with ModelFolder(tmp_path).locked():
+        assert train.main(command_line(TINY | {"activation": "relu"}, tmp_path)) == 2
+        assert not (tmp_path / "unfinished").exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"in use by process {os.getpid()} since" in error
 
 
 def test_catastrophic_overfitting_ends_the_run_with_the_good_weights(tiny, tmp_path, monkeypatch):
@@ -347,9 +405,8 @@ def test_catastrophic_overfitting_ends_the_run_with_the_good_weights(tiny, tmp_p
         "on_epoch_begin",
         lambda self, epoch, logs=None: weights.append(self.model.get_weights()),
     )
-    monkeypatch.setattr(train, "write_json", interrupt_record(train.write_json))
-    with pytest.raises(KeyboardInterrupt):
-        train.train(config(epochs=5), tmp_path, verbose=0)
+    monkeypatch.setattr(ModelFolder, "finish", lambda *_: {})  # killed before it has finished
+    train.train(config(epochs=5), tmp_path, verbose=0)
     monkeypatch.undo()
     monkeypatch.setattr(train, "build", tiny_network)
     record = train.train(config(epochs=5), tmp_path, verbose=0)  # resumed: nothing left to train
@@ -359,15 +416,6 @@ def test_catastrophic_overfitting_ends_the_run_with_the_good_weights(tiny, tmp_p
     assert list(pd.read_csv(tmp_path / "history.csv")["probe_pgd"]) == [0.3, 0.1]
     for ours, theirs in zip(weights_of(tmp_path), weights[1], strict=True):
         np.testing.assert_array_equal(ours, theirs)
-
-
-def interrupt_record(write_json):
-    def interrupted(path, value):
-        if path.name == "training.json":
-            raise KeyboardInterrupt
-        write_json(path, value)
-
-    return interrupted
 
 
 def test_a_diverging_run_stops_and_keeps_the_epoch_before(tiny, tmp_path, capsys):
@@ -380,13 +428,10 @@ def test_a_diverging_run_stops_and_keeps_the_epoch_before(tiny, tmp_path, capsys
     epoch = int(re.search(r"diverged in epoch (\d)", error)[1])
     assert epoch > 1
     assert {p.name for p in tmp_path.iterdir()} == {"unfinished"}
-    model = build_trainer(0)
     path = tmp_path / "unfinished" / "checkpoint.npz"
-    with np.load(path) as stored:
-        state = json.loads(str(stored["state"]))
-    checkpoint = train.Checkpoint(path, model, state["dataset"])
-    assert len(checkpoint.history) == epoch - 1
-    assert all(np.isfinite(weight).all() for weight in model.get_weights())
+    state, values = read_checkpoint(path)
+    assert len(state["history"]) == epoch - 1
+    assert all(np.isfinite(value).all() for value in values)
 
     for torn in (b"PK\x03\x04 torn", b""):
         path.write_bytes(torn)
@@ -395,9 +440,76 @@ def test_a_diverging_run_stops_and_keeps_the_epoch_before(tiny, tmp_path, capsys
         assert "not a checkpoint" in error and "--force" in error
 
 
+ROW = {"epoch": 0, "loss": 2.3, "seconds": 1.0}
+ROW |= {"probe_clean": 0.5, "probe_fgsm": 0.4, "probe_pgd": 0.3}
+STATE = {"history": [ROW, ROW | {"epoch": 1}], "stopped": None, "dataset": IMAGES, "processes": []}
+
+
+def write_checkpoint(path, state, *values):
+    text = state if isinstance(state, str) else json.dumps(state)
+    np.savez(path, state=text, **{f"variable_{i}": value for i, value in enumerate(values)})
+
+
+def test_whatever_a_checkpoint_holds_is_read_or_refused_in_one_line(tmp_path):
+    path, weights = tmp_path / "checkpoint.npz", np.ones(3, "float32")
+    write_checkpoint(path, STATE, weights, np.arange(2))
+    assert read_checkpoint(path)[0] == STATE
+    whole = path.read_bytes()
+    old = {name: STATE[name] for name in ("history", "stopped")}
+    write_checkpoint(path, old, weights)
+    assert read_checkpoint(path)[0] == old
+
+    def is_refused():
+        with pytest.raises(InputError) as error:
+            read_checkpoint(path)
+        assert "\n" not in str(error.value)
+
+    states = ["{}", "[]", "null", "{", ""]
+    for name in STATE:
+        for value in (None, "x", -1, {}, [1]):
+            if (name, value) != ("stopped", None):
+                states.append(STATE | {name: value})
+    states += [STATE | {"history": []}, STATE | {"stopped": 0}, STATE | {"stopped": 2}]
+    for name in ROW:
+        states.append(STATE | {"history": [{k: v for k, v in ROW.items() if k != name}]})
+        states += [STATE | {"history": [ROW | {name: value}]} for value in ("x", None, [])]
+    states.append(STATE | {"history": [ROW, ROW]})
+    for state in states:
+        write_checkpoint(path, state, weights)
+        is_refused()
+    for wrong in (np.float32([1, np.nan]), np.float32([np.inf]), np.array([None])):
+        write_checkpoint(path, STATE, weights, wrong)
+        is_refused()
+    np.savez(path, state=json.dumps(STATE), variable_1=weights)
+    is_refused()
+    for share in (0, 0.01, 0.3, 0.7, 0.99):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        is_refused()
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    is_refused()
+
+
+def test_a_checkpoint_of_another_network_or_other_images_is_refused(tiny, tmp_path):
+    """Half a training on a copy of CIFAR-10 and half on the official one is neither."""
+    path, model = tmp_path / "checkpoint.npz", build_trainer(0)
+    values = [v.numpy() for v in Checkpoint._variables(model)]
+    before = model.get_weights()
+    for wrong, images, said in (
+        (values[:-1], IMAGES, "not a checkpoint of this network"),
+        ([*values[:-1], np.zeros(7)], IMAGES, "not a checkpoint of this network"),
+        (values, IMAGES | {"train_fingerprint": "other"}, "other images of digits"),
+    ):
+        write_checkpoint(path, STATE | {"dataset": IMAGES}, *wrong)
+        with pytest.raises(InputError, match=said):
+            Checkpoint(path, model, images)
+    for ours, theirs in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_weights_that_are_not_finite_are_never_kept(tiny, tmp_path):
     model = build_trainer(0)
-    checkpoint = train.Checkpoint(tmp_path / "checkpoint.npz", model, IMAGES)
+    checkpoint = Checkpoint(tmp_path / "checkpoint.npz", model, IMAGES)
     checkpoint.set_model(model)
     checkpoint.on_epoch_begin(0)
     model.layers[-1].bias.assign(np.full(10, np.inf))
@@ -414,11 +526,12 @@ def test_weights_that_are_not_finite_are_never_kept(tiny, tmp_path):
     [
         ("--dataset mnist", "Unknown dataset 'mnist'"),
         ("--activation tanhh", "Unknown activation 'tanhh'"),
+        ("--activation tanhh --recipe thesis --architecture vgg", "Unknown activation 'tanhh'"),
         ("--architecture resnet21", "Unknown architecture 'resnet21'"),
         ("--recipe slow", "Unknown recipe 'slow'"),
-        ("--epochs 0", "epochs must be at least 1"),
-        ("--batch-size 0", "batch_size must be at least 1"),
-        ("--train-n 0", "train_n must be at least 1"),
+        ("--epochs 0", "epochs lies in 1 to"),
+        ("--batch-size 0", "batch_size lies in 1 to"),
+        ("--train-n 0", "train_n lies in 1 to"),
         ("--epsilon -8", "between 0 and 255"),
         ("--epsilon 300", "between 0 and 255"),
         ("--epsilon nan", "between 0 and 255"),
@@ -426,18 +539,33 @@ def test_weights_that_are_not_finite_are_never_kept(tiny, tmp_path):
         ("--lr-min 0.5 --lr-max 0.1", "min_lr=0.5, max_lr=0.1"),
         ("--lr-max nan", "max_lr=nan"),
         ("--momentum 1", "momentum lies in"),
-        ("--l2 -1", "l2 is not negative"),
+        ("--l2 -1 --architecture resnet8", "l2 is not negative"),
         ("--seed -1", "seed lies in"),
         ("--seed 2147483648", "seed lies in"),
+        ("--seed 1.5", "invalid int value"),
+        ("--train-n 1258", "digits has 1257"),
+        ("--epochs 1000000", "epochs lies in"),
+        ("--batch-size 1000000000000", "batch_size lies in"),
+        ("--activation kaf --dictionary-size 1000000", "dictionary_size lies in"),
+        ("--dictionary-size 10", "dictionary_size is for KAFs"),
+        ("--kernel-initializer he_normal", "kernel_initializer is for ResNets"),
+        ("--l2 0.1", "--l2 changes nothing"),
+        ("--epsilon 0 --alpha 2", "--alpha changes nothing"),
+        ("--data-dir /tmp", "--data-dir changes nothing"),
+        ("--activation kwta --kwta-anneal-from 15", "an epoch before the last"),
+        ("--activation kwta --kwta-anneal-every 1", "together with kwta_anneal_from"),
         ("--dataset cifar10 --data-dir /nowhere", "--data-dir must name"),
     ],
 )
 def test_a_refused_run_says_why_and_leaves_nothing(options, said, tmp_path, capsys):
     out = tmp_path / "models" / "net"
     arguments = command_line(TINY | {"activation": "relu"}, out, *options.split())
-    assert train.main(arguments) == 2
+    try:
+        code = train.main(arguments)
+    except SystemExit as exit:  # argparse
+        code = exit.code
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and said in error
+    assert code == 2 and error.count("\n") == 1 and said in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -453,8 +581,7 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("activation", ["kaf", "kaf_free"])
-def test_histories_with_and_without_the_fast_paths_agree(activation, tmp_path, monkeypatch):
+def test_histories_with_and_without_the_fast_paths_agree(tmp_path, monkeypatch):
     def network_without_dropout(name, activation, **kwargs):  # its noise depends on the twin
         inputs = keras.Input((32, 32, 3))
         x = keras.layers.Conv2D(4, 3)(keras.layers.AveragePooling2D(4)(inputs))
@@ -463,7 +590,7 @@ def test_histories_with_and_without_the_fast_paths_agree(activation, tmp_path, m
 
     monkeypatch.setattr(train, "build", network_without_dropout)
     monkeypatch.setattr(train, "PROBE_IMAGES", 64)
-    settings = config(activation=activation, epochs=3, lr_max=0.05)
+    settings = config(activation="kaf", lr_max=0.05)
     train.train(settings, tmp_path / "fast", verbose=0)
     monkeypatch.setattr(kernel_expansion, "_has_fast_path", lambda x: False)
     monkeypatch.setattr(train, "fused", lambda network: network)
@@ -477,15 +604,6 @@ def test_histories_with_and_without_the_fast_paths_agree(activation, tmp_path, m
 
 
 # --------------------------------------------------------------------------- settings by name
-
-
-def test_ordinary_training_attacks_nothing_and_is_measured(tiny, tmp_path):
-    record = train.train(config(epsilon=0.0, alpha=0.0, epochs=3), tmp_path / "ordinary")
-    rows = pd.read_csv(tmp_path / "ordinary" / "history.csv")
-    assert len(rows) == 3 and record["results"]["catastrophic_overfitting_in_epoch"] is None
-    assert {"probe_clean", "probe_fgsm", "probe_pgd"} <= set(rows.columns)
-    plain = train.build_trainer(train.build_network(config()), config(epsilon=0.0), 10)
-    assert type(plain).train_step is keras.Model.train_step
 
 
 def test_settings_reach_what_they_set():
@@ -509,41 +627,38 @@ def test_settings_reach_what_they_set():
     assert float(schedule(20)) == pytest.approx(settings.lr_max)
 
 
-def test_saved_weights_are_the_running_mean(tiny, tmp_path, monkeypatch):
-    seen = []
-    original = train.Checkpoint.on_epoch_end
+def test_saved_weights_are_the_running_mean_and_batch_norm_is_of_them(tiny, tmp_path, monkeypatch):
+    """Ordinary training, of one batch per epoch, so that batch norm is of that one batch."""
+    monkeypatch.setattr(train, "EMA_BATCHES", 1)
+    seen, original = [], Checkpoint.on_epoch_end
 
     def keep(self, epoch, logs=None):
         original(self, epoch, logs)
-        model = self.model
-        seen.extend(
-            [
-                [v.numpy() for v in model.trainable_variables],
-                [v.numpy() for v in model.optimizer._model_variables_moving_average],
-            ]
-        )
+        optimizer = self.model.optimizer
+        averages = optimizer._model_variables_moving_average
+        seen[:] = [[v.numpy() for v in vs] for vs in (self.model.trainable_variables, averages)]
 
-    monkeypatch.setattr(train.Checkpoint, "on_epoch_end", keep)
-    train.train(config(epochs=1, ema_momentum=0.9), tmp_path / "ema")
-    saved = keras.models.load_model(tmp_path / "ema" / "model.keras").trainable_variables
+    monkeypatch.setattr(Checkpoint, "on_epoch_end", keep)
+    settings = config(ema_momentum=0.9, epsilon=0.0, alpha=0.0, batch_size=64)
+    record = train.train(settings, tmp_path / "ema", verbose=0)
+    saved = keras.models.load_model(tmp_path / "ema" / "model.keras")
     last, mean = seen
-    for got, expected in zip(saved, mean, strict=True):
+    for got, expected in zip(saved.trainable_variables, mean, strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-6)
     assert any(np.abs(a - b).max() > 1e-5 for a, b in zip(mean, last, strict=True))
 
-
-def test_statistics_of_batch_norm_are_those_of_the_running_mean(tiny, tmp_path, monkeypatch):
-    """Ordinary training, of one batch per epoch: the first convolution's mean and variance."""
-    monkeypatch.setattr(train, "EMA_BATCHES", 1)
-    settings = config(epochs=3, ema_momentum=0.9, epsilon=0.0, batch_size=64)
-    train.train(settings, tmp_path / "ema")
-    saved = keras.models.load_model(tmp_path / "ema" / "model.keras")
     (x, _), _, _ = load("digits")
     before = keras.Model(saved.input, saved.layers[3].input)(x[:64]).numpy()
     batch_norm = saved.layers[3]
     assert isinstance(batch_norm, keras.layers.BatchNormalization)
     np.testing.assert_allclose(batch_norm.moving_mean, before.mean(axis=(0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(batch_norm.moving_variance, before.var(axis=(0, 1, 2)), rtol=1e-3)
+
+    # Nothing is attacked, but what an attack would do is measured.
+    assert set(pd.read_csv(tmp_path / "ema" / "history.csv")) == set(COLUMNS)
+    assert record["results"]["catastrophic_overfitting_in_epoch"] is None
+    plain = train.build_trainer(train.build_network(settings), settings, 10)
+    assert type(plain).train_step is keras.Model.train_step
 
 
 def test_estimates_of_batch_norm_are_means_over_all_batches():
@@ -559,45 +674,18 @@ def test_estimates_of_batch_norm_are_means_over_all_batches():
     assert layer.momentum == momentum
 
 
-def test_a_run_is_not_resumed_on_other_images(tiny, tmp_path, monkeypatch):
-    """Half a training on a copy of CIFAR-10 and half on the official one is neither."""
-    settings, out = config(epochs=2), tmp_path / "out"
-    on_epoch_end = train.Checkpoint.on_epoch_end
-
-    def killed(self, epoch, logs=None):
-        on_epoch_end(self, epoch, logs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Checkpoint, "on_epoch_end", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train.train(settings, out, verbose=0)
-
-    def others(name, data_dir=None):
-        (x, y), *rest = load(name, data_dir)
-        return (x[::-1], y[::-1]), *rest
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "load", others)
-        with pytest.raises(InputError, match="is of a run on other images of digits"):
-            train.train(settings, out, verbose=0)
-    record = train.train(settings, out, verbose=0)
-    assert [process["first_epoch"] for process in record["processes"]] == [0, 1]
-    assert record["processes"][0]["hardware"] == record["hardware"]
-
-
 def test_ratio_of_kwta_falls_as_told(tiny, tmp_path):
     settings = config(
         activation="kwta",
         optimizer="adam",
-        epochs=4,
-        kwta_anneal_from=1,
+        epochs=2,
+        kwta_anneal_from=0,
         kwta_anneal_every=1,
     )
     assert kwta_ratios(train.build_network(settings)) == {0.30}
-    train.train(settings, tmp_path / "kwta")
-    # Epochs 0 and 1 at 0.30, 2 at 0.29, 3 at 0.28
-    assert kwta_ratios(keras.models.load_model(tmp_path / "kwta" / "model.keras")) == {0.28}
+    train.train(settings, tmp_path / "kwta", verbose=0)
+    # Epoch 0 at 0.30, 1 at 0.29
+    assert kwta_ratios(keras.models.load_model(tmp_path / "kwta" / "model.keras")) == {0.29}
 
 
 def kwta_ratios(model):
@@ -610,9 +698,11 @@ def kwta_ratios(model):
     [
         ({"kernel_initializer": "zeros"}, "Choose one of: glorot_uniform"),
         ({"ema_momentum": 1.0}, "ema_momentum lies in"),
-        ({"dictionary_size": 1}, "at least 2 points"),
-        ({"kwta_anneal_from": 3}, "for the activation kwta"),
-        ({"kwta_anneal_every": 0}, "kwta_anneal_every must be at least 1"),
+        ({"dictionary_size": 1}, "dictionary_size lies in 2 to"),
+        ({"kwta_anneal_from": 1}, "kwta_anneal_from is for kwta"),
+        ({"kwta_anneal_every": 0}, "kwta_anneal_every lies in 1 to"),
+        ({"seed": 1.5}, "other types.*seed"),
+        ({"epochs": True}, "other types.*epochs"),
     ],
 )
 def test_impossible_settings_by_name(changed, reason):

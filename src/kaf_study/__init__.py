@@ -5,6 +5,7 @@ Imports kernel_expansion, activationsf and fbfadvtrain; they never import it.
 
 import argparse
 import os
+from typing import NoReturn
 
 # XLA keeps to 256-bit vectors unless told; on processors with AVX-512, 512 bits make the compiled
 # KAFs 1.5 to 2 times faster. Elsewhere this changes nothing. XLA reads it once, before its first
@@ -30,5 +31,5 @@ class InputError(ValueError):
 class CommandParser(argparse.ArgumentParser):
     """argparse, with one line for a wrong command instead of all its options as well."""
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; --help lists the options\n")

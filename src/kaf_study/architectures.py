@@ -10,6 +10,7 @@ keeps its bias (redundant before batch normalisation, but part of the parameter 
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import layers
@@ -22,7 +23,9 @@ DENSE_L2 = 0.0012  # light_cnn and vgg: on the dense kernels only
 Activation = str | Callable[[], keras.layers.Layer]
 
 
-def light_cnn(activation: Activation, input_shape=(32, 32, 3), classes=10) -> keras.Model:
+def light_cnn(
+    activation: Activation, input_shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10
+) -> keras.Model:
     """Two convolution blocks and a small head; 75,946 parameters with a fixed activation."""
     act = _activation_factory(activation)
     inputs = keras.Input(input_shape)
@@ -33,7 +36,9 @@ def light_cnn(activation: Activation, input_shape=(32, 32, 3), classes=10) -> ke
     return keras.Model(inputs, outputs, name="light_cnn")
 
 
-def vgg(activation: Activation, input_shape=(32, 32, 3), classes=10) -> keras.Model:
+def vgg(
+    activation: Activation, input_shape: tuple[int, int, int] = (32, 32, 3), classes: int = 10
+) -> keras.Model:
     """Three convolution blocks and a dense layer on the flattened features."""
     act = _activation_factory(activation)
     inputs = keras.Input(input_shape)
@@ -47,12 +52,12 @@ def vgg(activation: Activation, input_shape=(32, 32, 3), classes=10) -> keras.Mo
 
 def resnet(
     activation: Activation,
-    depth=20,
-    input_shape=(32, 32, 3),
-    classes=10,
+    depth: int = 20,
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    classes: int = 10,
     *,
-    l2=5e-4,
-    kernel_initializer="glorot_uniform",
+    l2: float = 5e-4,
+    kernel_initializer: str = "glorot_uniform",
 ) -> keras.Model:
     """ResNet for 32x32 images: 3 stages of n blocks, depth = 6n + 2.
 
@@ -75,15 +80,15 @@ def resnet(
     blocks = (depth - 2) // 6
     regularizer = keras.regularizers.L2(l2) if l2 else None
 
+    like_all = {
+        "kernel_size": 3,
+        "padding": "same",
+        "kernel_initializer": kernel_initializer,
+        "kernel_regularizer": regularizer,
+    }
+
     def conv(x, filters, strides=1):
-        return layers.Conv2D(
-            filters,
-            3,
-            strides=strides,
-            padding="same",
-            kernel_initializer=kernel_initializer,
-            kernel_regularizer=regularizer,
-        )(x)
+        return layers.Conv2D(filters, strides=strides, **like_all)(x)
 
     def batch_norm(x):
         return layers.BatchNormalization()(x)
@@ -110,7 +115,7 @@ def resnet(
     return keras.Model(inputs, outputs, name=f"resnet{depth}")
 
 
-def build(name: str, activation: Activation, **kwargs) -> keras.Model:
+def build(name: str, activation: Activation, **kwargs: Any) -> keras.Model:
     """The architecture called `name`: light_cnn, vgg, resnet20, resnet56 or any resnet(6n + 2).
 
     `kwargs` go to the architecture's function.
@@ -165,7 +170,7 @@ def _activation_factory(activation: Activation):
             f"returns a new layer; received {activation!r}. Each place in the network needs a "
             "layer of its own: write lambda: Kaf(D=16) rather than Kaf(D=16)."
         )
-    used = []  # kept, so that identities stay unique
+    used: list[keras.layers.Layer] = []  # kept, so that identities stay unique
 
     def apply(x):
         layer = activation_by_name(activation) if isinstance(activation, str) else activation()

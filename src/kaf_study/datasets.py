@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from kaf_study import InputError
 
 DATASETS = ("cifar10", "digits")
+Split = tuple[np.ndarray, np.ndarray]  # images, labels
 
 SPLIT_SEED = 2020  # of the splits only: the same images for every run, whatever its seed
 CIFAR10_BATCH = 10_000  # images in each of the six files
@@ -55,7 +56,7 @@ CIFAR10_CACHE = "cifar-10-batches-py-target"
 PAD = 4  # random crop out of an image padded by 4, He et al. 2016
 
 
-def load(name, data_dir=None):
+def load(name: str, data_dir: str | Path | None = None) -> tuple[Split, Split, Split]:
     """Train, validation and test split of a dataset.
 
     Args:
@@ -71,19 +72,19 @@ def load(name, data_dir=None):
     return _load_cifar10(data_dir) if name == "cifar10" else _load_digits()
 
 
-def class_names(name):
+def class_names(name: str) -> tuple[str, ...]:
     """Names of the classes, in the order of the labels."""
     _check_name(name)
     return CIFAR10_CLASSES if name == "cifar10" else tuple("0123456789")
 
 
-def is_augmentable(name):
+def is_augmentable(name: str) -> bool:
     """Whether random crop and flip keep the class: not for digits, a mirrored digit is none."""
     _check_name(name)
     return name == "cifar10"
 
 
-def fingerprint(x, y):
+def fingerprint(x: np.ndarray, y: np.ndarray) -> str:
     """sha256 (hex) of a split: its values, shapes and types."""
     digest = hashlib.sha256()
     for array in (x, y):
@@ -97,7 +98,16 @@ def fingerprint(x, y):
 # Batches
 
 
-def batches(x, y, *, batch_size, seed, epoch, augment, shuffle=True):
+def batches(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    augment: bool,
+    shuffle: bool = True,
+) -> tf.data.Dataset:
     """The batches of one epoch, the last short one included.
 
     Order and augmentation are a pure function of (seed, epoch): a run that is resumed at an epoch
@@ -150,7 +160,7 @@ def batches(x, y, *, batch_size, seed, epoch, augment, shuffle=True):
     return dataset.prefetch(2)
 
 
-def random_crop_and_flip(images, seed, pad=PAD):
+def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor, pad: int = PAD) -> tf.Tensor:
     """Random crop out of the zero-padded image, and a horizontal flip of every second one.
 
     The crop and the flip are index arithmetic on whole batches: rows are gathered, then columns,

@@ -18,7 +18,7 @@ Two label protocols, never to be confused (`--labels`):
   high, and every key of the summary that holds it ends in `_predicted_labels`. (The published
   evaluation, ART 1.3.3, kept the best whole run of its restarts; this is per image, as ART is now.)
 
-Attacks (`kaf_study.records.ATTACKS`): `pgd` unless told otherwise; `suite` runs several, each on
+Attacks (`kaf_study.attacks.registry`): `pgd` unless told otherwise; `suite` runs several, each on
 what the ones before left standing, and an image is robust if it stands under all of them: the worst
 case per image, never above the figure of any of its members. It is not the standard AutoAttack
 (Croce & Hein 2020), which has FAB where this has PGD, and 5,000 queries of Square.
@@ -36,52 +36,35 @@ import io
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import tensorflow as tf
 
 from kaf_study import InputError
-from kaf_study.attacks.apgd import APGD
-from kaf_study.attacks.pgd import (
-    FGSM,
-    PGD,
-    CarliniWagner,
-    CompiledClassifier,
-    DeepFool,
-    check_perturbation,
-)
-from kaf_study.attacks.registry import AttackSettings, check_count
-from kaf_study.attacks.square import Square
+from kaf_study.attacks.classifier import CompiledClassifier
+from kaf_study.attacks.loop import BatchAttack, Run, check_perturbation
+from kaf_study.attacks.registry import MOST_IMAGES_TOGETHER, AttackSettings, check_count
 from kaf_study.datasets import fingerprint
+from kaf_study.files import locked
 from kaf_study.records import (
     FORMAT,
     Evaluation,
+    counted,
     hardware,
     make_writable,
     read_results,
-    standard_error,
     versions,
     write_atomically,
 )
-from kaf_study.saved_models import LOGITS, logits_of
+from kaf_study.saved_models import HOW_ATTACKED, LOGITS, LoadedModel, logits_of
 
 __all__ = ["AttackSettings", "Evaluation", "evaluate", "evaluate_saved", "read_results"]
-
-IMPLEMENTATIONS = {
-    "pgd": "IBM ART ProjectedGradientDescentTensorFlowV2, own outer loop",
-    "fgsm": "IBM ART ProjectedGradientDescentTensorFlowV2, one step from the clean image",
-    "apgd-ce": "kaf_study.attacks.apgd",
-    "apgd-dlr": "kaf_study.attacks.apgd",
-    "apgd-t": "kaf_study.attacks.apgd, targeted DLR",
-    "square": "kaf_study.attacks.square",
-    "deepfool": "IBM ART DeepFool (L2), its result cut to the L-inf ball",
-    "cw": "IBM ART CarliniLInfMethod at tau = epsilon, its result cut to the L-inf ball",
-    "suite": "each member on what the ones before left standing",
-}
 
 HOW_COUNTED = {
     "true": (
@@ -100,87 +83,92 @@ HOW_COUNTED = {
 # --------------------------------------------------------------------------- the evaluation
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What a record says of model and images that the arrays do not; None: unknown.
+
+    classes: the number of outputs that the model must have.
+    """
+
+    dataset: str | None = None
+    classes: int | None = None
+    model: str | None = None
+    model_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How an evaluation is run and watched; nothing here changes its verdicts.
+
+    batch_size: images attacked together.
+    progress: called as progress(done, total, standing), done and total in image iterations.
+    partial: path of a file that keeps the state after each restart of each attack. If it exists and
+        belongs to this evaluation, its restarts are not repeated; it is left for the caller to
+        remove.
+    say: called with one line about what is re-used, resumed, or special about the model.
+    """
+
+    batch_size: int = 128
+    progress: Callable[[int, int, int], None] | None = None
+    partial: Path | None = None
+    say: Callable[[str], None] = lambda line: None
+
+    def __post_init__(self):
+        check_count("batch size", self.batch_size, 1, MOST_IMAGES_TOGETHER)
+
+
 def evaluate(
-    model,
-    x,
-    y,
+    model: Callable,
+    x: np.ndarray,
+    y: np.ndarray,
+    settings: AttackSettings | str = "pgd",
     *,
-    attack="pgd",
-    epsilon=8 / 255,
-    alpha=None,
-    steps=None,
-    restarts=None,
-    labels="true",
-    seed=0,
-    batch_size=128,
-    progress=None,
-    dataset=None,
-    classes=None,
-    model_name=None,
-    model_sha256=None,
-    partial=None,
-    say=lambda line: None,
-):
+    subject: Subject = Subject(),
+    execution: Execution = Execution(),
+) -> Evaluation:
     """Attack a classifier and count what stands; the module's first lines say how.
 
     Args:
         model: Keras model, or callable f(x, training=False), giving logits or probabilities; or a
             CompiledClassifier, which spares compiling it again.
         x: images (N, H, W, C), float32 in [0, 1]. y: true labels (N,), int.
-        attack: one of `kaf_study.records.ATTACKS`.
-        epsilon: L-inf radius in the units of x.
-        alpha, steps, restarts: None for the attack's own (`AttackSettings`).
-        labels: "true" or "predicted".
-        seed: of the random starts, each drawn from (seed, index of the image, restart).
-        batch_size: images attacked together; does not change what is drawn.
-        progress: called as progress(done, total, standing), done and total in image iterations.
-        dataset, model_name, model_sha256: for the record.
-        classes: the number of outputs that is expected, where known.
-        partial: path of a file that keeps the state after each restart of each attack. If it exists
-            and belongs to this evaluation, its restarts are not repeated; it is left for the caller
-            to remove.
-        say: called with one line if an interrupted run is resumed.
+        settings: or the name of an attack, which is then run with its defaults.
 
     Returns:
         An Evaluation; the same in every figure for the same model, images, settings and seed.
+
+    Raises:
+        InputError: the model or the images cannot be used, or the settings not with them.
     """
-    settings = AttackSettings(attack, epsilon, alpha, steps, restarts, labels, seed)
-    check_count("batch_size", batch_size, 1)
+    if isinstance(settings, str):
+        settings = AttackSettings(settings)
     x, y = _check_images(x, y)
-    print_of_data = fingerprint(x, y)
-    classifier, outputs, clean = _classifier(model, x, y, classes, batch_size)
-    attacks = _attacks(settings, classifier)
+    data = fingerprint(x, y)
+    classifier, outputs, clean = _classifier(model, x, y, subject.classes, execution.batch_size)
+    members = settings.members_for(classifier.nb_classes)
+    units = _units(members, classifier)
 
-    key = _key(settings, print_of_data, model_sha256, clean)
-    state = _State.resume(partial, key)
-    if state is not None:
-        say(f"an interrupted run is resumed from {partial}, {state.units_done} restarts done")
-    else:
-        state = _State.start(x, clean, len(settings.members))
-    if partial is not None:
-        make_writable(Path(partial).parent)  # or the first restart would be attacked in vain
-    _run_attacks(
-        attacks, classifier, x, y, clean, settings, state, batch_size, progress, partial, key
-    )
+    key = _key(settings, data, subject.model_sha256, clean)
+    state = _State.resume(execution, key) or _State.start(key, x, clean, len(members))
+    if execution.partial is not None:
+        make_writable(Path(execution.partial).parent)  # or a restart would be attacked in vain
+    _run_attacks(units, x, y, clean, settings, state, execution)
 
-    linf = check_perturbation(x, state.x_adv, epsilon)
-    if fingerprint(x, y) != print_of_data:
+    linf = check_perturbation(x, state.x_adv, settings.epsilon)
+    if fingerprint(x, y) != data:
         raise RuntimeError("the attack changed the images it was given")
-    again = classifier.predict(state.x_adv, batch_size).argmax(axis=-1)
+    again = classifier.predict(state.x_adv, execution.batch_size).argmax(axis=-1)
 
     images = _image_table(y, clean, settings, state, linf)
-    summary = _summary(settings, images, dataset, print_of_data, batch_size, outputs)
-    if attack == "suite":
-        summary["attack"]["members"] = _members(settings, images, state)
-    summary |= {
-        "model": model_name,
-        "model_sha256": model_sha256,
+    counted = Evaluation(images, {}, state.x_adv)
+    summary = _summary(settings, members, counted, state, subject, data, execution.batch_size) | {
+        "outputs": outputs,
         # Not 0: float rounding at a decision boundary, or (if many) a randomised model.
         "attacked_predictions_not_reproduced": int((again != state.prediction).sum()),
-        "gradient_calls": int(state.gradient_calls),  # batches; interrupted restarts not counted
+        "gradient_calls": state.gradient_calls,  # batches; interrupted restarts not counted
         "seconds": round(float(state.seconds.sum()), 1),
     }
-    return Evaluation(images, summary, state.x_adv)
+    return replace(counted, summary=summary)
 
 
 def _check_images(x, y):
@@ -199,7 +187,7 @@ def _check_images(x, y):
 
 
 def _classifier(model, x, y, classes, batch_size):
-    """ART's classifier, what its outputs are, and clean predictions (N,); refused with a reason."""
+    """What is attacked, what its outputs are, clean predictions (N,); refused with a reason."""
     if isinstance(model, CompiledClassifier):
         classifier, outputs = model, LOGITS
     else:
@@ -257,74 +245,50 @@ def _check_input_shape(model, image_shape):
         )
 
 
-def _attack_named(settings, classifier):
-    """The attack of one member, with `run`; refused if the model has too few classes for it."""
-    kwargs = {"epsilon": settings.epsilon, "steps": settings.steps}
-    match settings.attack:
-        case "pgd":
-            return PGD(classifier, alpha=settings.alpha, **kwargs)
-        case "fgsm":
-            return FGSM(classifier, epsilon=settings.epsilon)
-        case "square":
-            return Square(classifier, **kwargs)
-        case "deepfool":
-            return DeepFool(classifier, **kwargs)
-        case "cw":
-            return CarliniWagner(classifier, **kwargs)
-        case name:
-            return APGD(classifier, name, **kwargs)
-
-
-def _attacks(settings, classifier):
-    """The attacks of `settings.members`, or why this model cannot be attacked so."""
-    attacks = [_attack_named(member, classifier) for member in settings.members]
-    for member in settings.members:
-        if member.attack == "apgd-t" and member.restarts > classifier.nb_classes - 1:
-            raise InputError(
-                "apgd-t aims at one other class per restart, so the model's "
-                f"{classifier.nb_classes} classes allow {classifier.nb_classes - 1} restarts; "
-                f"got {member.restarts}"
-            )
-    return attacks
-
-
-def _units(settings):
-    """What is run, and saved when done: (member, its number, restart), in order."""
+def _units(
+    members: tuple[AttackSettings, ...], classifier: CompiledClassifier
+) -> list[tuple[BatchAttack, int, int]]:
+    """What is run, and saved when done: (attack, number of its member, restart), in order."""
+    attacks = [member.made_for(classifier) for member in members]
     return [
-        (member, number, restart)
-        for number, member in enumerate(settings.members)
-        for restart in range(1, member.restarts + 1)
+        (attacks[number], number, restart)
+        for number, member in enumerate(members)
+        for restart in range(1, int(member.restarts or 0) + 1)
     ]
 
 
 def _run_attacks(
-    attacks, classifier, x, y, clean, settings, state, batch_size, progress, partial, key
-):
+    units: list[tuple[BatchAttack, int, int]],
+    x: np.ndarray,
+    y: np.ndarray,
+    clean: np.ndarray,
+    settings: AttackSettings,
+    state: "_State",
+    execution: Execution,
+) -> None:
     """Run the restarts that `state` does not have yet; it is saved after each one."""
     is_true = settings.labels == "true"
     targets = y if is_true else clean
     # True labels: an image that is wrong when clean is lost already.
     standing = (clean == y if is_true else np.ones(len(x), bool)) & (state.felled_by < 0)
-    units = _units(settings)
-    meter = _Meter(progress, units, standing, state)
-    while state.units_done < len(units):
-        began, calls = time.monotonic(), classifier.gradient_calls
-        _, number, restart = units[state.units_done]
+    meter = _Meter(execution.progress, units, standing, state)
+    for attack, number, restart in units[state.units_done :]:
+        began, calls = time.monotonic(), attack.classifier.gradient_calls
         index = np.flatnonzero(standing)
-        run = attacks[number].run(
+        run = attack.run(
             x[index],
             targets[index],
             index,
             restart,
             seed=settings.seed,
-            batch_size=batch_size,
+            batch_size=execution.batch_size,
             judge_every=is_true,
             progress=meter.step,
         )
         state.add(index, run, number, restart)
         state.seconds[number] += time.monotonic() - began
-        state.gradient_calls += classifier.gradient_calls - calls
-        state.save(partial, key)
+        state.gradient_calls += attack.classifier.gradient_calls - calls
+        state.save(execution.partial)
         standing &= state.felled_by < 0
 
 
@@ -334,7 +298,7 @@ class _Meter:
     def __init__(self, progress, units, standing, state):
         self.progress, self.state = progress, state
         self.standing = int(standing.sum())
-        self.lengths = [member.steps + 1 for member, *_ in units]
+        self.lengths = [attack.steps + 1 for attack, *_ in units]
         self.total = self.standing * sum(self.lengths[state.units_done :])
         self.done = 0
 
@@ -353,6 +317,7 @@ class _State:
     iteration (N,) tell when; they mean nothing where it stands. seconds (members,).
     """
 
+    key: str  # names the evaluation
     x_adv: np.ndarray
     prediction: np.ndarray
     restart: np.ndarray
@@ -363,12 +328,12 @@ class _State:
     gradient_calls: int = 0
 
     @classmethod
-    def start(cls, x, clean, members):
+    def start(cls, key: str, x: np.ndarray, clean: np.ndarray, members: int) -> "_State":
         zeros = np.zeros(len(x), int)
         nobody = np.full(len(x), -1)
-        return cls(x.copy(), clean.copy(), zeros, zeros.copy(), nobody, np.zeros(members))
+        return cls(key, x.copy(), clean.copy(), zeros, zeros.copy(), nobody, np.zeros(members))
 
-    def add(self, index, run, member, restart):
+    def add(self, index: np.ndarray, run: Run, member: int, restart: int) -> None:
         """Take over what a run did to the images at `index`."""
         self.x_adv[index] = run.x_adv
         self.prediction[index] = run.predictions
@@ -377,33 +342,40 @@ class _State:
         self.felled_by[index[run.fell]] = member
         self.units_done += 1
 
-    def save(self, path, key):
+    def save(self, path: Path | None) -> None:
         if path is None:
             return
         buffer = io.BytesIO()
-        np.savez(buffer, key=key, **vars(self))
+        np.savez(buffer, **vars(self))
         write_atomically(Path(path), buffer.getvalue())
 
     @classmethod
-    def resume(cls, path, key):
-        """The state kept at `path`, or None if there is none or it belongs to something else."""
+    def resume(cls, execution: Execution, key: str) -> "_State | None":
+        """The state kept by an interrupted run; None if there is none, or that of something else.
+
+        `key` names the evaluation.
+        """
+        path = execution.partial
         if path is None or not Path(path).is_file():
             return None
         try:
             with np.load(path, allow_pickle=False) as kept:
-                if str(kept["key"]) != key:
-                    return None
                 fields = {name: kept[name] for name in cls.__dataclass_fields__}
         except Exception:  # whatever a damaged file raises: begin again
             return None
-        for name in ("units_done", "gradient_calls"):
-            fields[name] = int(fields[name])
+        if str(fields["key"]) != key:
+            return None
+        for name, kind in (("key", str), ("units_done", int), ("gradient_calls", int)):
+            fields[name] = kind(fields[name])
+        execution.say(
+            f"an interrupted run is resumed from {path}, {fields['units_done']} restarts done"
+        )
         return cls(**fields)
 
 
-def _key(settings, print_of_data, model_sha256, clean):
+def _key(settings, data, model_sha256, clean):
     """Names an evaluation; the clean predictions tell models apart that come without a hash."""
-    named = [asdict(settings), print_of_data, model_sha256, clean.tolist()]
+    named = [asdict(settings), data, model_sha256, clean.tolist()]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
@@ -426,169 +398,158 @@ def _image_table(y, clean, settings, state, linf):
         restart=lambda rows: rows["restart"].where(fell),
         iteration=lambda rows: rows["iteration"].where(fell),
     )
-    if settings.attack == "suite":
+    if len(settings.members) > 1:
         names = np.array([member.attack for member in settings.members])
         images["felled_by"] = pd.Series(names[state.felled_by]).where(fell)
     return images
 
 
-def _members(settings, images, state):
+def _members(members: tuple[AttackSettings, ...], result: Evaluation, state: _State) -> list[dict]:
     """What each member of a suite was, met and felled."""
-    standing = int((images["label"] == images["clean_prediction"]).sum())
+    standing = int(np.sum(result.is_clean))
     rows = []
-    for member, seconds in zip(settings.members, state.seconds, strict=True):
-        fell = int((images["felled_by"] == member.attack).sum())
+    for number, member in enumerate(members):
+        fell = int((state.felled_by == number).sum())
         rows.append(
             {
                 "name": member.attack,
-                "implementation": IMPLEMENTATIONS[member.attack],
+                "implementation": member.implementation,
                 "alpha": member.alpha,
                 "steps": member.steps,
                 "restarts": member.restarts,
                 "attacked": standing,
                 "fell": fell,
-                "seconds": round(float(seconds), 1),
+                "seconds": round(float(state.seconds[number]), 1),
             }
         )
         standing -= fell
     return rows
 
 
-def _summary(settings, images, dataset, print_of_data, batch_size, outputs):
-    n = len(images)
-    is_clean = images["label"] == images["clean_prediction"]
-    is_kept = images["label"] == images["adversarial_prediction"]
-    if settings.labels == "true":
-        counted = {
-            "robust_accuracy": float((is_clean & is_kept).mean()),
-            "robust_standard_error": standard_error((is_clean & is_kept).mean(), n),
-        }
-    else:
-        counted = {
-            "accuracy_under_attack_predicted_labels": float(is_kept.mean()),
-            "standard_error_predicted_labels": standard_error(is_kept.mean(), n),
-            "pushed_onto_true_class_predicted_labels": int((~is_clean & is_kept).sum()),
-        }
+def _summary(
+    settings: AttackSettings,
+    members: tuple[AttackSettings, ...],
+    result: Evaluation,
+    state: _State,
+    subject: Subject,
+    data: str,
+    batch_size: int,
+) -> dict:
+    n = len(result.images)
+    attack = {
+        "name": settings.attack,
+        "implementation": settings.implementation,
+        "norm": "inf",
+        "epsilon": settings.epsilon,
+        "alpha": settings.alpha,
+        "steps": settings.steps,
+        "restarts": settings.restarts,
+        "batch_size": batch_size,
+    }
+    if len(members) > 1:
+        attack["members"] = _members(members, result, state)
     return {
         "format": FORMAT,
-        "name": settings.stem(n, dataset),
-        "protocol": settings.protocol(n, dataset),
-        "attack": {
-            "name": settings.attack,
-            "implementation": IMPLEMENTATIONS[settings.attack],
-            "norm": "inf",
-            "epsilon": settings.epsilon,
-            "alpha": settings.alpha,
-            "steps": settings.steps,
-            "restarts": settings.restarts,
-            "batch_size": batch_size,
-        },
+        "name": settings.stem(n, subject.dataset),
+        "protocol": settings.protocol(n, subject.dataset),
+        "attack": attack,
         "labels": settings.labels,
         "how_counted": HOW_COUNTED[settings.labels],
-        "outputs": outputs,
-        "dataset": {"name": dataset, "split": "test", "fingerprint": print_of_data},
-        "n": n,
-        "clean_accuracy": float(is_clean.mean()),
-        "clean_standard_error": standard_error(is_clean.mean(), n),
-        **{
-            name: value if isinstance(value, int) else float(value)
-            for name, value in counted.items()
-        },
+        "dataset": {"name": subject.dataset, "split": "test", "fingerprint": data},
+        **counted(result.images, settings.labels),
         "seed": settings.seed,
         "versions": versions(),
         "hardware": hardware(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": subject.model,
+        "model_sha256": subject.model_sha256,
     }
 
 
 # --------------------------------------------------------------------------- saved models
 
 
+class ImageSet(NamedTuple):
+    """Images to attack: x (N, H, W, C) in [0, 1], y (N,), of a data set with so many classes."""
+
+    x: np.ndarray
+    y: np.ndarray
+    dataset: str
+    classes: int | None = None
+
+
 def evaluate_saved(
-    opened,
-    x,
-    y,
-    settings,
+    opened: LoadedModel,
+    images: ImageSet,
+    settings: AttackSettings,
     *,
-    dataset,
-    classes=None,
-    out=None,
-    batch_size=128,
-    force=False,
-    keep_images=False,
-    progress=None,
-    say=lambda line: None,
-):
+    out: Path | str | None = None,
+    force: bool = False,
+    keep_images: bool = False,
+    execution: Execution = Execution(),
+) -> Evaluation:
     """Evaluate a saved model into its result files; finished ones are read instead.
 
     Args:
-        opened: a `LoadedModel`.
-        x, y: the images to attack, already cut to the first n.
+        images: already cut to the first n.
         out: folder in which a folder with the model's name gets the files; by default a model
             folder's `robustness/`, and for any other model `robustness/NAME/` beside it.
         force: repeat a finished evaluation, and overwrite that of another model.
         keep_images: the result must have x_adv; a finished one is taken only if they were saved
             beside it (`save_adversarial`), else repeated.
-        say: called with one line about what is re-used, resumed, or special about the model.
+        execution: its `partial` is chosen here.
     """
+    x, y = _check_images(images.x, images.y)
     directory = result_folder(opened, out)
-    stem = settings.stem(len(x), dataset)
-    path, partial = directory / f"{stem}.json", directory / f".{stem}.partial.npz"
+    path = directory / f"{settings.stem(len(x), images.dataset)}.json"
+    partial = path.with_name(f".{path.stem}.partial.npz")
+
+    def say(line):
+        execution.say(f"{opened.name}: {line}")
+
     if path.exists() and not force:
         kept = Evaluation.read(path)
-        _refuse_other(path, kept.summary, opened, settings, fingerprint(*_check_images(x, y)))
-        images = path.with_suffix(".npz")
-        if not keep_images or images.exists():
-            say(f"{opened.name}: finished before, read from {path} (--force to repeat)")
-            return replace(kept, x_adv=read_adversarial(images)) if keep_images else kept
-        say(f"{opened.name}: finished before without its images; attacked again for them")
-    try:
-        result = evaluate(
-            opened.model,
-            x,
-            y,
-            attack=settings.attack,
-            epsilon=settings.epsilon,
-            alpha=settings.alpha,
-            steps=settings.steps,
-            restarts=settings.restarts,
-            labels=settings.labels,
-            seed=settings.seed,
-            batch_size=batch_size,
-            progress=progress,
-            dataset=dataset,
-            classes=classes,
-            model_name=opened.name,
-            model_sha256=opened.sha256,
-            partial=partial,
-            say=lambda line: say(f"{opened.name}: {line}"),
-        )
-    except InputError as error:
-        raise InputError(f"{str(opened.path)!r}: {error}") from None
-    if result.summary["outputs"] != "logits":
-        say(f"{opened.name}: ends in a softmax; attacked {_ATTACKED[result.summary['outputs']]}")
-    path.with_suffix(".npz").unlink(missing_ok=True)  # attacked images of an earlier result
-    result.write(directory)
-    partial.unlink(missing_ok=True)
+        _refuse_other(path, kept.summary, opened, settings, fingerprint(x, y))
+        attacked = path.with_suffix(".npz")
+        if not keep_images or attacked.exists():
+            partial.unlink(missing_ok=True)  # of a run that was killed just after it had finished
+            say(f"finished before, read from {path} (--force to repeat)")
+            return replace(kept, x_adv=read_adversarial(attacked)) if keep_images else kept
+        say("finished before without its images; attacked again for them")
+    subject = Subject(images.dataset, images.classes, opened.name, opened.sha256)
+    with locked(directory / f".{path.stem}.lock"):
+        try:
+            result = evaluate(
+                opened.model,
+                x,
+                y,
+                settings,
+                subject=subject,
+                execution=replace(execution, partial=partial, say=say),
+            )
+        except InputError as error:
+            raise InputError(f"{str(opened.path)!r}: {error}") from None
+        if result.summary["outputs"] != LOGITS:
+            say(f"attacked {HOW_ATTACKED[result.summary['outputs']]}")
+        result.summary["remarks"] = list(opened.remarks)
+        for remark in opened.remarks:
+            say(remark)
+        path.with_suffix(".npz").unlink(missing_ok=True)  # attacked images of an earlier result
+        result.write(directory)
+        partial.unlink(missing_ok=True)
     return result
 
 
-_ATTACKED = {
-    "softmax removed": "at its logits (softmax removed)",
-    "probabilities": "through the logarithm of its probabilities (its logits are out of reach)",
-}
-
-
-def save_adversarial(result, directory):
+def save_adversarial(result: Evaluation, directory: Path | str) -> Path:
     """Keep the attacked images beside a result: STEM.npz with x_adv (N, H, W, C), in [0, 1]."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, x_adv=result.x_adv)
+    np.savez_compressed(buffer, x_adv=np.asarray(result.x_adv))
     path = Path(directory) / f"{result.stem}.npz"
     write_atomically(path, buffer.getvalue())
     return path
 
 
-def read_adversarial(path):
+def read_adversarial(path: Path) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as kept:
             return kept["x_adv"]
@@ -598,7 +559,7 @@ def read_adversarial(path):
         ) from None
 
 
-def result_folder(opened, out=None):
+def result_folder(opened: LoadedModel, out: Path | str | None = None) -> Path:
     if out is not None:
         return Path(out) / opened.name
     if opened.folder is not None:
@@ -606,12 +567,14 @@ def result_folder(opened, out=None):
     return opened.path.resolve().parent / "robustness" / opened.name
 
 
-def _refuse_other(path, summary, opened, settings, print_of_data):
+def _refuse_other(
+    path: Path, summary: dict, opened: LoadedModel, settings: AttackSettings, data: str
+) -> None:
     """A finished result is only re-used for the very same model, images and settings."""
     attack = summary.get("attack", {})
     expected = {
         "model sha256": (summary.get("model_sha256"), opened.sha256),
-        "images": (summary.get("dataset", {}).get("fingerprint"), print_of_data),
+        "images": (summary.get("dataset", {}).get("fingerprint"), data),
         "labels": (summary.get("labels"), settings.labels),
         "seed": (summary.get("seed"), settings.seed),
     } | {

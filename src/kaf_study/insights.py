@@ -35,7 +35,7 @@ RULERS = ("clean_norm", "to_other_image")
 QUANTITIES = ("pre-activation", "activation")
 
 
-def activation_layers(model):
+def activation_layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The activation layers of a model, first to last."""
     kinds = (Kaf, Kwta, keras.layers.Activation)
     layers = [layer for layer in model.layers if isinstance(layer, kinds)]
@@ -47,7 +47,7 @@ def activation_layers(model):
     return layers
 
 
-def _inside(model):
+def with_activations(model):
     """`model` with the inputs and outputs of its L activation layers before its own outputs."""
     layers = activation_layers(model)
     outputs = [layer.input for layer in layers] + [layer.output for layer in layers]
@@ -55,7 +55,7 @@ def _inside(model):
 
 
 @contextmanager
-def _statistics_kept(model):
+def statistics_kept(model):
     """Put back afterwards what batch norm in training mode does to its moving averages."""
     kept = [np.array(variable) for variable in model.non_trainable_variables]
     try:
@@ -70,7 +70,7 @@ def _statistics_kept(model):
 
 def _values(model, training=False):
     """Function: images (B, H, W, C) -> pre-activations and activations, L tensors each."""
-    inside, count = _inside(model)
+    inside, count = with_activations(model)
 
     def values(x):
         outputs = inside(x, training=training)
@@ -199,7 +199,7 @@ def histograms(model, x, *, limit=6.0, bins=96, channel_means=False, training=Fa
     """
     values = _values(model, training=training)
     counts, sizes = 0, 0
-    with _statistics_kept(model):
+    with statistics_kept(model):
         for first in range(0, len(x), batch_size):
             layers, _ = values(tf.constant(x[first : first + batch_size]))
             layers = [(_channel_means(z) if channel_means else z).numpy().ravel() for z in layers]
@@ -267,7 +267,7 @@ def measured_moments(model, x):
     Returns:
         {layer name: Moments}, for the L activation layers.
     """
-    with _statistics_kept(model):
+    with statistics_kept(model):
         pre_activations, _ = _values(model, training=True)(tf.constant(x))
     found = {}
     for layer, z in zip(activation_layers(model), pre_activations, strict=True):
@@ -387,7 +387,7 @@ def gradient_norms(model, x, y, *, loss_scale=1.0):
         the same kind. name. norm: inf or NaN where an element is. not_finite: share of elements
         that are infinite or NaN.
     """
-    inside, count = _inside(model)
+    inside, count = with_activations(model)
     watched = [
         (of, number, path, weight)
         for of in ("kernel", "alpha")
@@ -396,7 +396,7 @@ def gradient_norms(model, x, y, *, loss_scale=1.0):
         )
     ]
     x = tf.constant(x, tf.float32)
-    with _statistics_kept(model), tf.GradientTape() as tape:
+    with statistics_kept(model), tf.GradientTape() as tape:
         tape.watch(x)
         outputs = inside(x, training=True)
         loss = loss_scale * tf.reduce_mean(_cross_entropy(y, outputs[-1]))

@@ -1,21 +1,131 @@
-"""The trained models of the study as their folders tell: settings, history, name and order.
+"""The folder of a trained model, `models/NAME/`: what lies where in it, and how it comes to be.
 
-Read from training.json and history.csv; saved_models.py opens the network itself.
+    model.keras      the plain network
+    training.json    settings, results, versions; written last: it says finished
+    history.csv      one row per epoch
+    robustness/      results and sanity checks (`kaf_study.records`)
+    unfinished/      settings and checkpoint of a training that is not finished
+
+saved_models.py opens the network; nothing here needs TensorFlow.
 """
 
-import json
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS
+from kaf_study.config import TrainConfig
+from kaf_study.files import (
+    file_sha256,
+    locked,
+    make_writable,
+    replacing,
+    write_atomically,
+)
+from kaf_study.records import read_history, read_json, read_training, write_json
 
 DATASET_LABELS = {"cifar10": "CIFAR-10"}
 # Fingerprints of validation splits of images that are not quite those of the data set's authors
 COPIES = {"909fb79bbfc4a2d02387c3bdd0731a0d093337eabb6fb8324fd791fa5913bac7": "a JPEG copy"}
+
+
+class ModelFolder:
+    """A folder that is empty, holds an unfinished training, or a finished one (training.json)."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.record = self.path / "training.json"
+        self.model = self.path / "model.keras"
+        self.history = self.path / "history.csv"
+        self.robustness = self.path / "robustness"
+        self.unfinished = self.path / "unfinished"
+        self.settings = self.unfinished / "settings.json"
+        self.checkpoint = self.unfinished / "checkpoint.npz"
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--out must be a folder; {self.path} is a file. Name another.")
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Holds the folder for one training; a second one gets an InputError."""
+        return locked(self.path / ".training.lock")
+
+    def finished_run(self, config: TrainConfig) -> dict[str, Any] | None:
+        """The record of a finished run of these settings, or None when there is work to do."""
+        if self.record.exists():
+            finished = read_training(self.record)
+            self._refuse_other_settings(finished["settings"], config)
+            return finished
+        if self.settings.exists():
+            self._refuse_other_settings(read_json(self.settings, TrainConfig), config)
+        elif self.model.exists():
+            raise InputError(
+                f"{self.path} holds a model.keras without training.json. "
+                "Name another --out, or --force to replace it."
+            )
+        return None
+
+    def _refuse_other_settings(self, settings: dict[str, Any], config: TrainConfig) -> None:
+        asked = asdict(config)
+        settings = asdict(TrainConfig()) | settings  # of a run from before a setting existed
+        differing = [
+            f"{name}: there {settings.get(name)!r}, asked {asked.get(name)!r}"
+            for name in sorted(settings | asked)
+            if settings.get(name) != asked.get(name)
+        ]
+        if differing:
+            raise InputError(
+                f"{self.path} belongs to a run of other settings ({'; '.join(differing)}). "
+                "Name another --out, or --force to start anew."
+            )
+
+    def start(self, config: TrainConfig, *, force: bool) -> None:
+        """Makes the folder, which is locked, ready for a run of these settings, new or resumed."""
+        if force:
+            for lock in self.robustness.glob(".*.lock"):
+                with locked(lock):
+                    pass  # no evaluation is under way
+            # robustness/ holds figures of the old weights: it must not outlive them.
+            for folder in (self.robustness, self.unfinished):
+                if folder.exists():
+                    shutil.rmtree(folder)
+            for path in (self.record, self.model, self.history):
+                path.unlink(missing_ok=True)
+        elif self.record.exists():
+            raise InputError(f"{self.path} was finished by another process in the meantime.")
+        make_writable(self.unfinished)
+        write_json(self.settings, asdict(config))
+
+    def finish(
+        self,
+        save: Callable[[Path], None],
+        history: list[dict[str, float]],
+        record: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Writes everything; training.json, whose presence says finished, comes last.
+
+        Args:
+            save: writes the network to the path it is given.
+            history: one row per epoch. record: as in training.json, but for the model's hash.
+        """
+        with replacing(self.model) as temporary:
+            save(temporary)
+        write_atomically(self.history, pd.DataFrame(history).to_csv(index=False).encode())
+        record |= {"model_sha256": file_sha256(self.model)}
+        write_json(self.record, record)
+        self.tidy()
+        return record
+
+    def tidy(self) -> None:
+        """Removes what a finished training has no use for."""
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        for lock in self.path.glob(".training.lock"):
+            lock.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -23,51 +133,46 @@ class TrainedModel:
     """A finished model folder: its training.json, and its history when it is asked for."""
 
     folder: Path
-    record: dict
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path | str) -> "TrainedModel":
+        return cls(Path(folder), read_training(ModelFolder(folder).record))
 
     @property
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         return self.record["settings"]
 
     @property
-    def activation(self):
+    def activation(self) -> str:
         return self.settings["activation"]
 
     @property
-    def dataset_label(self):
+    def dataset_label(self) -> str:
         """The data set for people: "CIFAR-10", "a JPEG copy of CIFAR-10", "digits"."""
-        name = self.settings.get("dataset", "")
+        name = self.settings["dataset"]
         label = DATASET_LABELS.get(name, name)
-        record = self.record.get("dataset")
-        print_of_data = record.get("validation_fingerprint") if isinstance(record, dict) else None
-        return f"{COPIES[print_of_data]} of {label}" if print_of_data in COPIES else label
+        fingerprint = self.record.get("dataset", {}).get("validation_fingerprint")
+        return f"{COPIES[fingerprint]} of {label}" if fingerprint in COPIES else label
 
     @cached_property
-    def history(self):
-        try:
-            return pd.read_csv(self.folder / "history.csv")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.folder}/history.csv cannot be read ({error})") from None
+    def history(self) -> pd.DataFrame:
+        epochs = self.record["results"]["epochs_trained"]
+        return read_history(ModelFolder(self.folder).history, epochs)
 
 
-def trained_models(*folders):
+def trained_models(*folders: Path | str) -> list[TrainedModel]:
     """The finished model folders among and below `folders`, in the order of the activations."""
-    models = []
+    models = {}
     for folder in folders:
         if not Path(folder).is_dir():
             raise InputError(f"{str(folder)!r} is not a folder; give model folders, or models/")
         for path in Path(folder).rglob("training.json"):
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-                record["settings"]["activation"]
-            except (OSError, ValueError, KeyError, TypeError):
-                raise InputError(f"{str(path)!r} cannot be read as a training record") from None
-            models.append(TrainedModel(path.parent, record))
-    models = {model.folder.resolve(): model for model in models}.values()
-    return sorted(models, key=model_order)
+            models[path.parent.resolve()] = TrainedModel.read(path.parent)
+    return sorted(models.values(), key=model_order)
 
 
-def model_order(model):
+def model_order(model: TrainedModel) -> tuple[str, str, int, str]:
     """Sorts models by data set, architecture, activation as in the tables, and name."""
     known = list(ACTIVATION_LABELS)
     place = known.index(model.activation) if model.activation in known else len(known)
@@ -75,9 +180,9 @@ def model_order(model):
     return (str(s.get("dataset")), str(s.get("architecture")), place, model.folder.name)
 
 
-def model_labels(models):
+def model_labels(models: Iterable[TrainedModel]) -> dict[Path, str]:
     """A short name for each model, {folder: name}: its activation, and whatever else differs."""
-    labels = {}
+    models, labels = list(models), {}
     for model in models:
         label = ACTIVATION_LABELS.get(model.activation, model.activation)
         for setting in ("dataset", "architecture", "epochs", "seed"):
@@ -93,15 +198,15 @@ def model_labels(models):
     }
 
 
-def with_training(results):
+def with_training(results: pd.DataFrame) -> pd.DataFrame:
     """`read_results` with three more columns: label, activation, training (a TrainedModel or None).
 
     Refuses results that belong to other weights than the folder now holds.
     """
     models = {}
     for folder in dict.fromkeys(results["folder"]):
-        if (Path(folder) / "training.json").exists():
-            models[folder] = trained_models(folder)[0]
+        if ModelFolder(folder).record.exists():
+            models[folder] = TrainedModel.read(folder)
     for row in results.itertuples():
         model = models.get(row.folder)
         expected = model and model.record.get("model_sha256")
@@ -111,11 +216,10 @@ def with_training(results):
                 "evaluate the model again with --force"
             )
     labels = model_labels(list(models.values()))
-    return results.assign(
-        label=[
-            labels[models[r.folder].folder] if r.folder in models else r.model or r.folder
-            for r in results.itertuples()
-        ],
-        activation=[models[f].activation if f in models else None for f in results["folder"]],
-        training=[models.get(folder) for folder in results["folder"]],
-    )
+    columns: dict[str, list[Any]] = {"label": [], "activation": [], "training": []}
+    for row in results.itertuples():
+        model = models.get(row.folder)
+        columns["label"].append(labels[model.folder] if model else row.model or row.folder)
+        columns["activation"].append(model.activation if model else None)
+        columns["training"].append(model)
+    return results.assign(**columns)

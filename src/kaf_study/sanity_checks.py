@@ -13,20 +13,23 @@ With n images no figure is sharper than one image, so one image (or 2 % of n, if
 the tolerance wherever two attacks or two radii are compared: an attack is a search, not a proof.
 """
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
 from kaf_study import InputError
-from kaf_study.attacks.pgd import PGD, CompiledClassifier, random_start
-from kaf_study.evaluation import evaluate
-from kaf_study.saved_models import PROBABILITIES, logits_of
+from kaf_study.attacks.classifier import CompiledClassifier, cross_entropy
+from kaf_study.attacks.registry import AttackSettings
+from kaf_study.evaluation import Execution, Subject, evaluate
+from kaf_study.saved_models import HOW_ATTACKED, PROBABILITIES, SQUASHED, logits_of
 
 RADII = (0, 1, 2, 4, 8, 16, 32)  # of the curve, in 255ths
 ITERATIONS = (1, 5, 10, 20, 50, 100)
 RESTARTS = 5
+CHECKED = AttackSettings(restarts=RESTARTS)
 NOISE_DRAWS = 100
 SMALL_STEP = 1 / 255  # over which the margin must change as its gradient says
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
@@ -50,20 +53,20 @@ class CheckReport:
     curve: dict
 
     @property
-    def failed(self):
+    def failed(self) -> list[str]:
         return [check.name for check in self.checks if check.status == FAIL]
 
     @property
-    def passed(self):
+    def passed(self) -> bool:
         return not self.failed
 
     @property
-    def verdict(self):
+    def verdict(self) -> str:
         if self.passed:
             return "no sign of masked gradients"
         return f"NOT to be trusted: fails {', '.join(self.failed)}"
 
-    def lines(self):
+    def lines(self) -> list[str]:
         """For printing: one line per check, then the verdict."""
         width = max(len(check.name) for check in self.checks)
         shown = {PASS: "pass", FAIL: "FAIL", NOT_RUN: "----"}
@@ -71,7 +74,7 @@ class CheckReport:
             f"=> {self.verdict}"
         ]
 
-    def as_dict(self):
+    def as_dict(self) -> dict:
         return {
             "passed": self.passed,
             "verdict": self.verdict,
@@ -81,35 +84,36 @@ class CheckReport:
 
 
 def check_model(
-    model,
-    x,
-    y,
+    model: Callable,
+    x: np.ndarray,
+    y: np.ndarray,
+    settings: AttackSettings = CHECKED,
     *,
-    epsilon=8 / 255,
-    alpha=2 / 255,
-    steps=50,
-    queries=1000,
-    seed=0,
-    batch_size=128,
-    classes=None,
-    transfer_from=(),
-):
+    queries: int = 1000,
+    batch_size: int = 128,
+    classes: int | None = None,
+    transfer_from: Sequence[tuple[str, Callable]] = (),
+) -> CheckReport:
     """Run all checks on a few images.
 
     Args:
         model: Keras model, or callable f(x, training=False).
         x: images (N, H, W, C) in [0, 1], 64 or so; y: true labels (N,).
-        epsilon, alpha, steps: of the PGD that is checked.
+        settings: of the PGD that is checked.
         queries: of the Square attack.
+        classes: the number of outputs that is expected, where known.
         transfer_from: pairs (name, model); examples found on them are tried on this one.
 
     Raises:
-        InputError: for what `evaluate` refuses, of the models of `transfer_from` too; if no image
-            is classified correctly.
+        InputError: for what `evaluate` refuses, of the models of `transfer_from` too; if the
+            settings are not those of a PGD with true labels; if no image is classified correctly.
     """
-    runs = _Runs(
-        model, x, y, epsilon, alpha, steps, queries, seed, batch_size, classes, transfer_from
-    )
+    if (settings.attack, settings.labels) != ("pgd", "true"):
+        raise InputError(
+            "the checks are of pgd with true labels, "
+            f"got {settings.attack} with labels {settings.labels}"
+        )
+    runs = _Runs(model, x, y, settings, Execution(batch_size), classes, tuple(transfer_from))
     if not runs.is_clean.any():
         raise InputError(
             f"none of the {len(runs.x)} images is classified correctly, so there is nothing to "
@@ -117,6 +121,7 @@ def check_model(
         )
     transferred = runs.transferred  # first: what does not fit is refused before the long attacks
     checks = (
+        better_than_chance(runs),
         outputs_are_logits(runs),
         the_same_twice(runs),
         gradients_are_not_zero(runs),
@@ -126,9 +131,9 @@ def check_model(
         falls_with_the_radius(runs),
         falls_with_iterations(runs),
         falls_with_restarts(runs),
-        as_strong_as(runs, "FGSM", runs.under(attack="fgsm")),
+        as_strong_as(runs, "FGSM", runs.under("fgsm")),
         as_strong_as(runs, f"noise x{NOISE_DRAWS}", runs.under_noise()),
-        as_strong_as(runs, f"Square {queries}", runs.under(attack="square", steps=queries)),
+        as_strong_as(runs, f"Square {queries}", runs.under("square", queries)),
         *transfers(runs, transferred),
     )
     curve = {
@@ -143,36 +148,35 @@ def check_model(
 class _Runs:
     """The attacks that the checks look at, each run once. `stands` is (N,) bool everywhere."""
 
-    model: object
+    model: Callable
     x: np.ndarray
     y: np.ndarray
-    epsilon: float
-    alpha: float
-    steps: int
-    queries: int
-    seed: int
-    batch_size: int
+    settings: AttackSettings
+    execution: Execution
     classes: int | None
     transfer_from: tuple
 
-    def under(self, **settings):
+    def stands(self, settings):
         """Which images are correct when clean and stand under an attack."""
-        settings = {"epsilon": self.epsilon, "seed": self.seed} | settings
-        rows = evaluate(
-            self.classifier, self.x, self.y, batch_size=self.batch_size, **settings
-        ).images
-        correct = (rows["label"] == rows["clean_prediction"]).to_numpy()
-        return correct & (rows["label"] == rows["adversarial_prediction"]).to_numpy()
+        result = evaluate(self.classifier, self.x, self.y, settings, execution=self.execution)
+        return np.asarray(result.is_robust)
 
-    def under_pgd(self, **settings):
-        return self.under(**({"alpha": self.alpha, "steps": self.steps} | settings))
+    def under(self, attack, steps=None):
+        """`stands`, for another attack at the same radius."""
+        settings = AttackSettings(attack, self.settings.epsilon, steps=steps)
+        if settings.is_random:
+            settings = replace(settings, seed=self.settings.seed)
+        return self.stands(settings)
+
+    def under_pgd(self, **changed):
+        return self.stands(replace(self.settings, **changed))
 
     @cached_property
     def classifier(self):
         """Compiled once for all attacks, after `evaluate` has seen that it can be attacked."""
         one = slice(0, 1)  # image: refuses what does not fit
         evaluate(
-            self.model, self.x[one], self.y[one], attack="fgsm", classes=self.classes, batch_size=1
+            self.model, self.x[one], self.y[one], "fgsm", subject=Subject(classes=self.classes)
         )
         logits, _ = logits_of(self.model, self.x[: self.batch_size])
         outputs = np.shape(logits(self.x[:1], training=False))[1]
@@ -188,13 +192,13 @@ class _Runs:
 
     @cached_property
     def pgd(self):
-        """The attack in question, with restarts."""
-        return self.under_pgd(restarts=RESTARTS)
+        """The attack in question."""
+        return self.under_pgd()
 
     @cached_property
     def one_restart(self):
         """One restart from starts that the others do not use."""
-        return self.under_pgd(restarts=1, seed=self.seed + 1)
+        return self.under_pgd(restarts=1, seed=self.settings.seed + 1)
 
     @cached_property
     def curve(self):
@@ -207,29 +211,29 @@ class _Runs:
     @cached_property
     def iterations(self):
         """What the iterate after 1, 5, ... steps of one run does: {iterations: stands (N,)}."""
-        attack = PGD(self.classifier, epsilon=self.epsilon, alpha=self.alpha, steps=max(ITERATIONS))
-        x_adv = np.stack(
-            [
-                random_start(image, epsilon=self.epsilon, seed=self.seed, image=i, restart=1)
-                for i, image in enumerate(self.x)
-            ]
-        )
-        targets = np.eye(self.classifier.nb_classes, dtype="float32")[self.y]
+        numbers, seed = np.arange(len(self.x)), self.settings.seed
         found = {}
-        for iteration in range(max(ITERATIONS) + 1):
-            x_next, logits = self.in_batches(attack.step, x_adv, self.x, targets)
-            if iteration in ITERATIONS:
-                found[iteration] = self.is_clean & (logits.argmax(axis=-1) == self.y)
-            x_adv = x_next
+        for steps in ITERATIONS:
+            attack = replace(self.settings, steps=steps).made_for(self.classifier)
+            run = attack.run(
+                self.x,
+                self.y,
+                numbers,
+                restart=1,
+                seed=seed,
+                batch_size=self.batch_size,
+                judge_every=False,
+            )
+            found[steps] = self.is_clean & ~run.fell
         return found
 
     def under_noise(self):
         """Uniform in the ball, and its corners, by turns; the first that fools fells an image."""
-        generator = np.random.default_rng(self.seed)
+        generator = np.random.default_rng(self.settings.seed)
         stands = self.is_clean.copy()
         for draw in range(NOISE_DRAWS):
             noise = generator.uniform(-1, 1, self.x.shape)
-            noise = self.epsilon * (np.sign(noise) if draw % 2 else noise)
+            noise = self.settings.epsilon * (np.sign(noise) if draw % 2 else noise)
             stands &= self.predicted(np.clip(self.x + noise, 0, 1)) == self.y
         return stands
 
@@ -243,13 +247,9 @@ class _Runs:
                     model,
                     self.x,
                     self.y,
-                    epsilon=self.epsilon,
-                    alpha=self.alpha,
-                    steps=self.steps,
-                    restarts=1,
-                    seed=self.seed,
-                    batch_size=self.batch_size,
-                    classes=self.classes,
+                    replace(self.settings, restarts=1),
+                    subject=Subject(classes=self.classes),
+                    execution=self.execution,
                 ).x_adv
             except InputError as error:
                 raise InputError(f"--transfer-from {name!r}: {error}") from None
@@ -269,6 +269,10 @@ class _Runs:
         return self.classifier.predict(x.astype("float32"), self.batch_size).argmax(axis=-1)
 
     @property
+    def batch_size(self):
+        return self.execution.batch_size
+
+    @property
     def tolerance(self):
         """Images by which two attacks may differ."""
         return max(1, int(0.02 * len(self.x)))
@@ -285,45 +289,51 @@ def _percent(stands):
 # --------------------------------------------------------------------------- the model
 
 
-def outputs_are_logits(runs):
+def better_than_chance(runs: _Runs) -> Check:
+    """Of a network that guesses nothing can be learned: 3 standard deviations above is asked."""
+    n, chance = len(runs.x), 1 / runs.classifier.nb_classes
+    least = chance + 3 * np.sqrt(chance * (1 - chance) / n)
+    accuracy = float(runs.is_clean.mean())
+    text = f"{accuracy:.1%} correct when clean, chance is {chance:.1%}"
+    if accuracy <= least:
+        text += " (was it trained on these classes, in this pixel range? --input)"
+    return _check("better than chance", accuracy > least, text, accuracy=accuracy)
+
+
+def outputs_are_logits(runs: _Runs) -> Check:
     """A softmax that cannot be taken off must at least not be saturated."""
     name = "outputs"
     _, kind = logits_of(runs.model, runs.x[: runs.batch_size])
-    if kind != PROBABILITIES:
-        return _check(
-            name, True, f"attacked at its {kind}".replace("its softmax", "logits, softmax")
-        )
+    if kind not in (PROBABILITIES, SQUASHED):
+        return _check(name, True, f"attacked {HOW_ATTACKED[kind]}")
     (p,) = runs.in_batches(lambda x: [np.asarray(runs.model(x, training=False))], runs.x)
     saturated = float((p.max(axis=-1) >= 1).mean())
-    text = f"probabilities whose logits are out of reach; {saturated:.1%} of them exactly 1"
+    text = f"{kind} outputs whose logits are out of reach; {saturated:.1%} of them exactly 1"
     return _check(name, saturated <= 0.01, text, saturated=saturated)
 
 
-def the_same_twice(runs):
+def the_same_twice(runs: _Runs) -> Check:
     """The same seed, the same figure; and the model gives the same outputs for the same images."""
     again = runs.classifier.predict(runs.x, runs.batch_size)
     scale = np.abs(runs.clean_logits).max() + 1e-12
     moved = float(np.abs(again - runs.clean_logits).max() / scale)
-    second = runs.under_pgd(restarts=1, seed=runs.seed + 1)
+    second = runs.under_pgd(restarts=1, seed=runs.settings.seed + 1)
     differing = int((second != runs.one_restart).sum())
     text = f"{differing} verdicts differ; logits by {moved:.1e} of the largest"
     passed = differing == 0 and moved < 1e-4
     return _check("same figure twice", passed, text, differing=differing, logits_moved=moved)
 
 
-def gradients_are_not_zero(runs):
+def gradients_are_not_zero(runs: _Runs) -> Check:
     """Float32 saturation, or activations that are flat: nothing to follow (allowed: 1 %)."""
-    targets = np.eye(runs.classifier.nb_classes, dtype="float32")[runs.y]
-    (gradient,) = runs.in_batches(
-        lambda x, y: [runs.classifier.loss_gradient(x, y)], runs.x, targets
-    )
+    *_, gradient = runs.in_batches(runs.classifier.differentiable(cross_entropy), runs.x, runs.y)
     is_zero = (gradient == 0).reshape(len(runs.x), -1)
     images, pixels = float(is_zero.all(axis=1).mean()), float(is_zero.mean())
     text = f"{images:.1%} of the images have none; {pixels:.1%} of all pixels"
     return _check("input gradients", images <= 0.01, text, images=images, pixels=pixels)
 
 
-def loss_follows_its_gradient(runs):
+def loss_follows_its_gradient(runs: _Runs) -> Check:
     """Over one grey level the margin changes as the gradient says, wrong by less than that itself.
 
     A network that is differentiable nearly everywhere, a ReLU network included, is nearly linear
@@ -339,11 +349,12 @@ def loss_follows_its_gradient(runs):
         z = runs.classifier.predict(x.astype("float32"), runs.batch_size).astype("float64")
         return z[np.arange(n), y] - z[np.arange(n), other]
 
-    of_label, of_other = (
-        runs.in_batches(lambda x, c: [runs.classifier.class_gradient(x, label=c)], runs.x, label)[0]
-        for label in (y, other)
+    (gradients,) = runs.in_batches(
+        lambda x, classes: [runs.classifier.class_gradients(x, classes)],
+        runs.x,
+        np.stack([y, other], axis=1),
     )
-    gradient = (of_label - of_other)[:, 0]
+    gradient = gradients[:, 0] - gradients[:, 1]
     step = np.where(runs.x < 0.5, SMALL_STEP, -SMALL_STEP) * (gradient != 0)  # stays in [0, 1]
     expected = (gradient * step).reshape(n, -1)
     # Only pixels that pull the same way: a sum of both signs would cancel to rounding.
@@ -358,22 +369,22 @@ def loss_follows_its_gradient(runs):
 # --------------------------------------------------------------------------- the attack
 
 
-def nothing_changes_at_radius_0(runs):
+def nothing_changes_at_radius_0(runs: _Runs) -> Check:
     stands = runs.under_pgd(epsilon=0.0, steps=2, restarts=1)
     differing = int((stands != runs.is_clean).sum())
     text = f"{_percent(runs.is_clean)} clean, {_percent(stands)} at 0; {differing} images differ"
     return _check("eps 0", differing == 0, text, differing=differing)
 
 
-def nothing_stands_at_radius_128(runs):
+def nothing_stands_at_radius_128(runs: _Runs) -> Check:
     """Within half of the pixel range any image can be made grey."""
-    alpha = min(1.0, runs.alpha * (128 / 255) / max(runs.epsilon, 1e-9))
+    alpha = min(1.0, (runs.settings.alpha or 0) * (128 / 255) / max(runs.settings.epsilon, 1e-9))
     stands = runs.under_pgd(epsilon=128 / 255, alpha=alpha, restarts=2)
     text = f"{_percent(stands)} stand at 128/255"
     return _check("eps 128", not stands.any(), text, accuracy=float(stands.mean()))
 
 
-def falls_with_the_radius(runs):
+def falls_with_the_radius(runs: _Runs) -> Check:
     counts = [int(stands.sum()) for stands in runs.curve]
     rise = max(b - a for a, b in pairwise(counts))
     shown = ", ".join(f"{r}: {s.mean():.0%}" for r, s in zip(RADII, runs.curve, strict=True))
@@ -381,7 +392,7 @@ def falls_with_the_radius(runs):
     return _check("falls with eps", passed, shown, standing=counts, largest_rise=rise)
 
 
-def falls_with_iterations(runs):
+def falls_with_iterations(runs: _Runs) -> Check:
     """Of the last iterate, as ART judges; judged at every iterate it could not but fall."""
     counts = [int(stands.sum()) for stands in runs.iterations.values()]
     rise = max(b - a for a, b in pairwise(counts))
@@ -392,17 +403,17 @@ def falls_with_iterations(runs):
     return _check("falls with iterations", passed, shown, standing=counts, last_change=last)
 
 
-def falls_with_restarts(runs):
-    """Five restarts against one from another seed, which the five could well miss."""
+def falls_with_restarts(runs: _Runs) -> Check:
+    """The restarts against one from another seed, which they could well miss."""
     missed = int((runs.pgd & ~runs.one_restart).sum())
     text = (
-        f"1: {_percent(runs.one_restart)}, {RESTARTS}: {_percent(runs.pgd)}; "
+        f"1: {_percent(runs.one_restart)}, {runs.settings.restarts}: {_percent(runs.pgd)}; "
         f"{missed} fell to the one alone"
     )
     return _check("falls with restarts", missed <= runs.tolerance, text, missed=missed)
 
 
-def as_strong_as(runs, name, stands):
+def as_strong_as(runs: _Runs, name: str, stands: np.ndarray) -> Check:
     """PGD fells what a weaker attack fells."""
     missed = int((runs.pgd & ~stands).sum())
     text = f"PGD {_percent(runs.pgd)}, {name} {_percent(stands)}; {missed} fell to {name} alone"
@@ -410,7 +421,7 @@ def as_strong_as(runs, name, stands):
     return _check(f"beats {name}", passed, text, missed=missed, accuracy=float(stands.mean()))
 
 
-def transfers(runs, transferred):
+def transfers(runs: _Runs, transferred: dict[str, np.ndarray]) -> list[Check]:
     """Examples found on other models."""
     if not transferred:
         text = "no other model was given (--transfer-from)"

@@ -19,19 +19,14 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from kaf_study import InputError
-from kaf_study.attacks.pgd import BatchAttack, project, random_start
+from kaf_study.attacks.classifier import CompiledClassifier, cross_entropy
+from kaf_study.attacks.loop import BatchAttack, per_image, project, random_starts
 
 MOMENTUM = 0.75  # alpha of the paper, weight of the new step against the last one
 PROGRESS = 0.75  # rho: halve the step where fewer than this fraction of the steps made progress
 
 
-def cross_entropy(logits, y, target):
-    """(B,): of the labels y (B,); `target` is not used."""
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)
-
-
-def difference_of_logits_ratio(logits, y, target):
+def difference_of_logits_ratio(logits: tf.Tensor, y: tf.Tensor, *_) -> tf.Tensor:
     """(B,): -(z_y - max_{i != y} z_i) / (z_1st - z_3rd); positive where y is not predicted."""
     ranked = tf.sort(logits, direction="DESCENDING")
     z_y = tf.gather(logits, y, batch_dims=1)
@@ -39,21 +34,31 @@ def difference_of_logits_ratio(logits, y, target):
     return -(z_y - z_other) / (ranked[:, 0] - ranked[:, 2] + 1e-12)
 
 
-def targeted_difference_of_logits_ratio(logits, y, target):
+def targeted_difference_of_logits_ratio(
+    logits: tf.Tensor, y: tf.Tensor, target: tf.Tensor
+) -> tf.Tensor:
     """(B,): -(z_y - z_target) / (z_1st - (z_3rd + z_4th) / 2)."""
     ranked = tf.sort(logits, direction="DESCENDING")
     z_y, z_t = (tf.gather(logits, c, batch_dims=1) for c in (y, target))
     return -(z_y - z_t) / (ranked[:, 0] - (ranked[:, 2] + ranked[:, 3]) / 2 + 1e-12)
 
 
-LOSSES = {  # loss, and how many classes it needs
-    "apgd-ce": (cross_entropy, 2),
-    "apgd-dlr": (difference_of_logits_ratio, 3),
-    "apgd-t": (targeted_difference_of_logits_ratio, 4),
+def logit_difference(logits: tf.Tensor, y: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+    """(B,): z_target - z_y, positive where the target is ahead of the label."""
+    z_y, z_t = (tf.gather(logits, c, batch_dims=1) for c in (y, target))
+    return z_t - z_y
+
+
+LOSSES = {
+    "apgd-ce": cross_entropy,
+    "apgd-dlr": difference_of_logits_ratio,
+    "apgd-t": targeted_difference_of_logits_ratio,
+    "apgd-margin": logit_difference,
 }
+TARGETED = ("apgd-t", "apgd-margin")
 
 
-def checkpoints(steps):
+def checkpoints(steps: int) -> list[int]:
     """Iterations after which the step size may be halved: p_0 = 0, p_1 = 0.22, ... times steps."""
     p = [0.0, 0.22]
     while p[-1] < 1:
@@ -61,37 +66,38 @@ def checkpoints(steps):
     return [math.ceil(round(fraction * steps, 9)) for fraction in p if fraction <= 1]
 
 
+def likeliest_other(logits: np.ndarray, y: np.ndarray, rank: int) -> np.ndarray:
+    """The class (B,) that is `rank`-th likeliest (from 1) of those other than y (B,)."""
+    others = logits.copy()
+    others[np.arange(len(y)), y] = -np.inf
+    return np.argsort(-others, axis=-1, kind="stable")[:, rank - 1]
+
+
 class APGD(BatchAttack):
     """Auto-PGD in the L-inf ball, on each image with its own step size.
 
     Args:
-        name: a key of LOSSES. "apgd-t": restart r aims at the class that is r-th likeliest of the
-            others for the clean image.
+        name: a key of LOSSES. Of TARGETED, restart r aims at the class that is r-th likeliest of
+            the others for the clean image.
     """
 
-    def __init__(self, classifier, name, *, epsilon, steps):
+    def __init__(self, classifier: CompiledClassifier, name: str, *, epsilon: float, steps: int):
         super().__init__(classifier, epsilon=epsilon, steps=steps)
-        loss, needed = LOSSES[name]
-        if classifier.nb_classes < needed:
-            raise InputError(
-                f"{name} needs at least {needed} classes, the model has {classifier.nb_classes}; "
-                "choose apgd-ce or pgd"
-            )
-        self.is_targeted = name == "apgd-t"
-        self._loss_and_gradient = classifier.differentiable(loss)
+        self.is_targeted = name in TARGETED
+        self._loss_logits_gradient = classifier.differentiable(LOSSES[name])
         self.checkpoints = checkpoints(steps)
 
     def begin(self, x, y, images, restart, seed):
-        starts = [
-            random_start(image, epsilon=self.epsilon, seed=seed, image=int(i), restart=restart)
-            for image, i in zip(x, images, strict=True)
-        ]
-        x_adv = np.stack(starts)
+        start = random_starts(x, images, epsilon=self.epsilon, seed=seed, restart=restart)
+        return self.begin_at(start, x, y, self._targets(x, y, restart))
+
+    def begin_at(self, x_adv, x, y, target):
+        """The state whose first points are x_adv (B, H, W, C)."""
         n = len(x)
         return {
             "x": x,
             "y": y,
-            "target": self._targets(x, y, restart),
+            "target": target,
             "x_adv": x_adv,
             "x_before": x_adv,
             "step": np.full(n, 2 * self.epsilon, "float32"),
@@ -107,12 +113,10 @@ class APGD(BatchAttack):
     def _targets(self, x, y, restart):
         if not self.is_targeted:
             return y
-        logits = self.classifier.predict(x)
-        logits[np.arange(len(y)), y] = -np.inf
-        return np.argsort(-logits, axis=-1, kind="stable")[:, restart - 1]
+        return likeliest_other(self.classifier.predict(x), y, restart)
 
     def look(self, state):
-        loss, logits, gradient = self._loss_and_gradient(
+        loss, logits, gradient = self._loss_logits_gradient(
             state["x_adv"], state["y"], state["target"]
         )
         return logits, {"loss": loss, "gradient": gradient}
@@ -123,7 +127,7 @@ class APGD(BatchAttack):
         is_best = loss > state["best_loss"]
         state["best_loss"] = np.where(is_best, loss, state["best_loss"])
         for best, now in (("best_x", state["x_adv"]), ("best_gradient", gradient)):
-            state[best] = np.where(_per_image(is_best), now, state[best])
+            state[best] = np.where(per_image(is_best), now, state[best])
         state["progress"] = state["progress"] + (loss > state["loss_before"])
         state["loss_before"] = loss
         x_adv, x_before = state["x_adv"], state["x_before"]
@@ -137,18 +141,13 @@ class APGD(BatchAttack):
             state["step"] = np.where(halve, state["step"] / 2, state["step"])
             # Go on from the best iterate, with its gradient. x^(k-1) stays what it was, as in the
             # paper and its authors' code: the momentum is then x_max - x^(k-1).
-            x_adv = np.where(_per_image(halve), state["best_x"], x_adv)
-            gradient = np.where(_per_image(halve), state["best_gradient"], gradient)
+            x_adv = np.where(per_image(halve), state["best_x"], x_adv)
+            gradient = np.where(per_image(halve), state["best_gradient"], gradient)
             state["was_halved"] = halve
             state["best_at_checkpoint"] = state["best_loss"]
             state["progress"] = np.zeros_like(state["progress"])
 
-        z = project(x_adv + _per_image(state["step"]) * np.sign(gradient), state["x"], self.epsilon)
+        z = project(x_adv + per_image(state["step"]) * np.sign(gradient), state["x"], self.epsilon)
         weight = 1.0 if iteration == 0 else MOMENTUM
         moved = x_adv + weight * (z - x_adv) + (1 - weight) * (x_adv - x_before)
         state["x_before"], state["x_adv"] = x_adv, project(moved, state["x"], self.epsilon)
-
-
-def _per_image(values):
-    """(B,) -> (B, 1, 1, 1)"""
-    return values[:, None, None, None]

@@ -1,43 +1,153 @@
-"""The attacks of the study by name, and the settings that decide a verdict.
+"""The attacks of the study: everything that is known about each by name, and the settings of one.
 
-Nothing here needs TensorFlow: commands check what they were given before they import it.
+To add an attack: a file with a `BatchAttack`, and an entry in ATTACKS. Nothing here needs
+TensorFlow: commands check what they were given before they import it.
 """
 
+import importlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kaf_study import InputError
 
+if TYPE_CHECKING:
+    from kaf_study.attacks.classifier import CompiledClassifier
+    from kaf_study.attacks.loop import BatchAttack
+
 LABELS = ("true", "predicted")
 DEFAULT_DATASET = "cifar10"
 DEFAULT_N = 1000
 
-# What each attack does unless told otherwise. alpha is None where the attack has no fixed step.
-DEFAULTS = {
-    "pgd": {"alpha": 2 / 255, "steps": 50, "restarts": 10},
-    "fgsm": {"alpha": None, "steps": 1, "restarts": 1},
-    "apgd-ce": {"alpha": None, "steps": 100, "restarts": 1},
-    "apgd-dlr": {"alpha": None, "steps": 100, "restarts": 1},
-    "apgd-t": {"alpha": None, "steps": 100, "restarts": 9},  # restart r: r-th likeliest other class
-    "square": {"alpha": None, "steps": 1000, "restarts": 1},  # steps: queries
-    "deepfool": {"alpha": None, "steps": 50, "restarts": 1},
-    "cw": {"alpha": None, "steps": 40, "restarts": 1},
-    "suite": {"alpha": None, "steps": None, "restarts": None},  # those of its members
+# What is beyond these is a slip of the keyboard: Square is published with up to 10,000 queries.
+MOST_STEPS = 100_000
+MOST_RESTARTS = 10_000
+MOST_IMAGES_TOGETHER = 10_000
+MOST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack. alpha, steps and restarts are what it does unless told otherwise.
+
+    alpha: step size in the units of x; None: it has none, or chooses its own.
+    made_by: "module.Class" in kaf_study.attacks, called with the classifier, epsilon, steps, alpha
+        if it has one, and `arguments`.
+    is_random: if not, a restart or a seed would change nothing.
+    labels: the protocols it exists for.
+    classes: how many the model must have. is_targeted: a restart is one of its other classes.
+    members: of a suite, which has no class of its own: (name, settings that differ from its own).
+    """
+
+    implementation: str
+    made_by: str = ""
+    alpha: float | None = None
+    steps: int | None = None
+    restarts: int | None = 1
+    most_steps: int = MOST_STEPS
+    is_random: bool = True
+    labels: tuple[str, ...] = ("true",)
+    classes: int = 2
+    is_targeted: bool = False
+    arguments: dict = field(default_factory=dict)
+    members: tuple[tuple[str, dict], ...] = ()
+
+
+ATTACKS = {
+    "pgd": Attack(
+        "kaf_study.attacks.pgd: the steps of IBM ART ProjectedGradientDescentTensorFlowV2",
+        "pgd.PGD",
+        alpha=2 / 255,
+        steps=50,
+        restarts=10,
+        labels=LABELS,
+    ),
+    "fgsm": Attack(
+        "kaf_study.attacks.pgd: one step of IBM ART's PGD from the clean image",
+        "pgd.FGSM",
+        steps=1,
+        most_steps=1,
+        is_random=False,
+        labels=LABELS,
+    ),
+    "apgd-ce": Attack(
+        "kaf_study.attacks.apgd", "apgd.APGD", steps=100, arguments={"name": "apgd-ce"}
+    ),
+    "apgd-dlr": Attack(
+        "kaf_study.attacks.apgd", "apgd.APGD", steps=100, classes=3, arguments={"name": "apgd-dlr"}
+    ),
+    "apgd-t": Attack(
+        "kaf_study.attacks.apgd, targeted DLR",
+        "apgd.APGD",
+        steps=100,
+        restarts=9,  # restart r: r-th likeliest other class
+        classes=4,
+        is_targeted=True,
+        arguments={"name": "apgd-t"},
+    ),
+    "margin-t": Attack(
+        "kaf_study.attacks.rapid: a short look at each target, a long one where it came near",
+        "rapid.TwoLooks",
+        steps=100,  # of the long look
+        restarts=3,  # as in apgd-t
+        is_targeted=True,
+    ),
+    "fab-t": Attack(
+        "kaf_study.attacks.fab",
+        "fab.FAB",
+        steps=100,
+        restarts=9,  # as in apgd-t
+        is_random=False,
+        is_targeted=True,
+    ),
+    "square": Attack("kaf_study.attacks.square", "square.Square", steps=1000),  # queries
+    "square-5000": Attack(
+        "kaf_study.attacks.square, the first half of the schedule for 10,000 queries",
+        "square.Square",
+        steps=5000,
+        most_steps=10_000,
+        arguments={"scheduled": 10_000},
+    ),
+    "deepfool": Attack(
+        "kaf_study.attacks.deepfool (L2), its points cut to the L-inf ball",
+        "deepfool.DeepFool",
+        steps=50,
+        is_random=False,
+    ),
+    "cw": Attack(
+        "kaf_study.attacks.carlini_wagner (L-inf) at tau = epsilon",
+        "carlini_wagner.CarliniWagner",
+        steps=40,
+        is_random=False,
+    ),
+    "autoattack": Attack(
+        "standard AutoAttack (Croce & Hein 2020), each member on what the ones before left",
+        restarts=None,
+        members=(("apgd-ce", {}), ("apgd-t", {}), ("fab-t", {}), ("square-5000", {})),
+    ),
+    "rapid": Attack(
+        "not AutoAttack: PGD, then each of three targets, on what the ones before left standing",
+        restarts=None,
+        members=(("pgd", {"steps": 10, "restarts": 1}), ("margin-t", {})),
+    ),
+    "suite": Attack(
+        "each member on what the ones before left standing",
+        restarts=None,
+        members=(("apgd-ce", {}), ("apgd-t", {}), ("square", {}), ("pgd", {})),
+    ),
 }
-ATTACKS = tuple(DEFAULTS)
-SUITE = ("apgd-ce", "apgd-t", "square", "pgd")
-ONE_RESTART = ("fgsm", "deepfool", "cw")  # nothing in them is random
 
 
 @dataclass(frozen=True)
 class AttackSettings:
     """What decides the verdict on an image. Defaults: PGD-50-10 at 8/255, as in the reference.
 
-    What is None is the attack's own (`DEFAULTS`). steps are queries for "square"; restarts are
-    target classes for "apgd-t". The members of a "suite" (`SUITE`) run with their defaults, each
-    on what the ones before left standing. Labels "predicted" exist for "pgd" and "fgsm".
+    What is None is the attack's own (`ATTACKS`). steps are queries for "square"; restarts are
+    target classes for "apgd-t". The members of a "suite" run one after the other, each on what the
+    ones before left standing. Labels "predicted" exist for "pgd" and "fgsm".
     """
 
     attack: str = "pgd"
@@ -49,58 +159,96 @@ class AttackSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if self.attack not in ATTACKS:
-            raise InputError(f"attack must be one of {', '.join(ATTACKS)}, got {self.attack!r}")
-        if self.labels not in LABELS:
-            raise InputError(f"labels must be one of {', '.join(LABELS)}, got {self.labels!r}")
-        if self.labels == "predicted" and self.attack not in ("pgd", "fgsm"):
+        check_choice("attack", self.attack, ATTACKS)
+        check_choice("labels", self.labels, LABELS)
+        own = ATTACKS[self.attack]
+        if self.labels not in own.labels:
             raise InputError(
-                f"labels predicted only exist for pgd and fgsm, to compare with published figures; "
-                f"attack {self.attack} needs labels true"
+                f"labels {self.labels} only exist for {_those_with(self.labels)}, to compare with "
+                f"published figures; attack {self.attack} needs labels {' or '.join(own.labels)}"
             )
-        if not 0 <= self.epsilon <= 1:
-            raise InputError(
-                f"epsilon must lie in [0, 1] (--eps from 0 to 255), got {self.epsilon * 255:g}/255"
-            )
-        for name, default in DEFAULTS[self.attack].items():
-            given = getattr(self, name)
+        check_between("epsilon", self.epsilon, "--eps", least_is_in=True)
+        for name in ("alpha", "steps", "restarts"):
+            default, given = getattr(own, name), getattr(self, name)
             if default is None and given is not None:
                 raise InputError(
                     f"the attack {self.attack} chooses its own {name}; got {given:g}, leave it out"
                 )
             object.__setattr__(self, name, default if given is None else given)
-        if self.alpha is not None and not 0 < self.alpha <= 1:
-            raise InputError(
-                "alpha must lie in (0, 1] (--step above 0, up to 255), "
-                f"got {self.alpha * 255:g}/255"
-            )
-        check_count("seed", self.seed, 0)
-        if self.attack != "suite":
-            check_count("steps", self.steps, 1)
-            check_count("restarts", self.restarts, 1)
-        if self.attack in ONE_RESTART and self.restarts != 1:
-            raise InputError(f"{self.attack} has nothing random to restart; got {self.restarts}")
-        if self.attack == "fgsm" and self.steps != 1:
-            raise InputError(f"fgsm makes one step, got {self.steps}; choose pgd for more")
-        # NumPy's numbers do not go into JSON.
+        if self.alpha is not None:
+            check_between("alpha", self.alpha, "--step", least_is_in=False)
+        if not own.members:
+            check_count(f"steps of {self.attack}", self.steps, 1, own.most_steps)
+            most = MOST_RESTARTS if own.is_random or own.is_targeted else 1
+            check_count(f"restarts of {self.attack}", self.restarts, 1, most)
+        check_count("seed", self.seed, 0, MOST_SEED)
+        if self.seed and not own.is_random:
+            raise InputError(f"{self.attack} draws nothing at random; leave the seed out")
         for name, kind in (
             ("epsilon", float),
             ("alpha", float),
             ("steps", int),
             ("restarts", int),
             ("seed", int),
-        ):
+        ):  # NumPy's numbers do not go into JSON.
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, kind(getattr(self, name)))
 
     @property
-    def members(self):
-        """The attacks that are run, in their order: a suite's, or this one."""
-        if self.attack != "suite":
-            return (self,)
-        return tuple(AttackSettings(name, self.epsilon, seed=self.seed) for name in SUITE)
+    def implementation(self) -> str:
+        return ATTACKS[self.attack].implementation
 
-    def stem(self, n, dataset=None):
+    @property
+    def is_random(self) -> bool:
+        return ATTACKS[self.attack].is_random
+
+    @property
+    def members(self) -> tuple["AttackSettings", ...]:
+        """The attacks that are run, in their order: a suite's, or this one."""
+        return tuple(
+            AttackSettings(
+                name,
+                self.epsilon,
+                seed=self.seed if ATTACKS[name].is_random else 0,
+                **changed,
+            )
+            for name, changed in ATTACKS[self.attack].members
+        ) or (self,)
+
+    def members_for(self, classes: int) -> tuple["AttackSettings", ...]:
+        """`members`; in a suite none aims at more targets than a model of so many classes has."""
+        if not ATTACKS[self.attack].members:
+            return (self,)
+        return tuple(
+            replace(member, restarts=min(int(member.restarts or 0), classes - 1))
+            if ATTACKS[member.attack].is_targeted
+            else member
+            for member in self.members
+        )
+
+    def made_for(self, classifier: "CompiledClassifier") -> "BatchAttack":
+        """This attack (no suite) on a `CompiledClassifier`, or why its model cannot be attacked so.
+
+        Raises:
+            InputError: the model has too few classes.
+        """
+        own, classes = ATTACKS[self.attack], classifier.nb_classes
+        if classes < own.classes:
+            raise InputError(
+                f"{self.attack} needs at least {own.classes} classes, the model has {classes}; "
+                "choose apgd-ce or pgd"
+            )
+        if own.is_targeted and int(self.restarts or 0) > classes - 1:
+            raise InputError(
+                f"{self.attack} aims at one other class per restart, so the model's {classes} "
+                f"classes allow {classes - 1} restarts; got {self.restarts}"
+            )
+        module, name = own.made_by.split(".")
+        make = getattr(importlib.import_module(f"kaf_study.attacks.{module}"), name)
+        step = {} if self.alpha is None else {"alpha": self.alpha}
+        return make(classifier, epsilon=self.epsilon, steps=self.steps, **step, **own.arguments)
+
+    def stem(self, n: int, dataset: str | None = None) -> str:
         """Name of the result files for n images; see the first lines of kaf_study.evaluation."""
         parts = [self.attack, *self._counts(), self.labels]
         if dataset not in (None, DEFAULT_DATASET):
@@ -108,18 +256,19 @@ class AttackSettings:
         if n != DEFAULT_N:
             parts.append(f"n{n}")
         for name, value, default in (
-            ("eps", self.epsilon * 255, 8),
-            ("step", 2 if self.alpha is None else self.alpha * 255, 2),
-            ("seed", self.seed, 0),
+            ("eps", self.epsilon, 8 / 255),
+            ("step", self.alpha, ATTACKS[self.attack].alpha),
         ):
-            if not math.isclose(value, default, rel_tol=1e-9):
-                parts.append(f"{name}{value:.10g}")
+            if value is not None and not math.isclose(value, default or 0, rel_tol=1e-9):
+                parts.append(f"{name}{value * 255:.10g}")
+        if self.seed:
+            parts.append(f"seed{self.seed}")
         return "-".join(parts)
 
     def _counts(self):
         return [str(count) for count in (self.steps, self.restarts) if count is not None]
 
-    def protocol(self, n, dataset=None):
+    def protocol(self, n: int, dataset: str | None = None) -> str:
         """The protocol in words, for tables."""
         step = "" if self.alpha is None else f"step {self.alpha * 255:g}/255, "
         return (
@@ -129,6 +278,25 @@ class AttackSettings:
         )
 
 
-def check_count(name, value, least):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise InputError(f"{name} must be a whole number of at least {least}, got {value}")
+def _those_with(labels):
+    return " and ".join(name for name, attack in ATTACKS.items() if labels in attack.labels)
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_between(name: str, value: float, option: str, *, least_is_in: bool) -> None:
+    """A radius or step size, in the units of x, must lie in [0, 1], or in (0, 1]."""
+    if not (0 <= value <= 1 and (least_is_in or value)):
+        bracket, start = ("[", "from") if least_is_in else ("(", "above")
+        allowed = f"{bracket}0, 1] ({option} {start} 0 to 255)"
+        raise InputError(f"{name} must lie in {allowed}, got {value * 255:g}/255")
+
+
+def check_count(name: str, value: int, least: int, most: int) -> None:
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not (is_whole and least <= value <= most):
+        allowed = f"{least}" if least == most else f"a whole number from {least} to {most}"
+        raise InputError(f"{name} must be {allowed}, got {value}")

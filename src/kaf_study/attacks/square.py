@@ -11,14 +11,14 @@ image there depends on the others. Here each image draws its own, named by (seed
 
 import numpy as np
 
-from kaf_study.attacks.pgd import BatchAttack, project
+from kaf_study.attacks.loop import BatchAttack, per_image, project
 
 INITIAL_FRACTION = 0.8  # p: fraction of the pixels that the first squares cover
 # Queries, of 10,000, after which p is halved (Andriushchenko et al., section 5)
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
-def square_side(query, queries, height, width):
+def square_side(query: int, queries: int, height: int, width: int) -> int:
     """Side in pixels of the square that is tried at `query` (from 0) of `queries`."""
     halvings = sum(query / queries * 10_000 > limit for limit in HALVINGS)
     fraction = INITIAL_FRACTION / 2**halvings
@@ -27,7 +27,16 @@ def square_side(query, queries, height, width):
 
 
 class Square(BatchAttack):
-    """`steps` queries for each image after the first, which is of vertical stripes."""
+    """`steps` queries for each image after the first, which is of vertical stripes.
+
+    Args:
+        scheduled: how many queries the schedule of sides is for; `steps` unless given. AutoAttack
+            (arXiv 2003.01690) makes 5,000 of 10,000.
+    """
+
+    def __init__(self, classifier, *, epsilon: float, steps: int, scheduled: int | None = None):
+        super().__init__(classifier, epsilon=epsilon, steps=steps)
+        self.scheduled = scheduled or steps
 
     def begin(self, x, y, images, restart, seed):
         *_, width, channels = x.shape
@@ -56,9 +65,9 @@ class Square(BatchAttack):
     def propose(self, state, found, iteration):
         is_better = found["margin"] < state["best_margin"]
         state["best_margin"] = np.where(is_better, found["margin"], state["best_margin"])
-        state["best_x"] = np.where(is_better[:, None, None, None], state["x_adv"], state["best_x"])
+        state["best_x"] = np.where(per_image(is_better), state["x_adv"], state["best_x"])
         height, width = state["x"].shape[1:3]
-        side = square_side(iteration, self.steps, height, width)
+        side = square_side(iteration, self.scheduled, height, width)
         # Any place in the image where the square fits: top and left in 0 .. height - side.
         room = np.array([height - side + 1, width - side + 1])
         corner = (state["places"][:, iteration] * room).astype(int)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ from kaf_study import InputError
 from kaf_study.activations import is_kaf
 from kaf_study.figures.insights import by_layer
 from kaf_study.figures.style import Line, labelled, shared_legend
+from kaf_study.records import read_history
 
 CURVES = {
     "loss": "training loss",
@@ -40,7 +42,7 @@ def training_curves(
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, layout="constrained")
     drawn: Counter[str | None] = Counter()  # lines of each activation so far
     for one in labelled(histories):
-        history = one.data if isinstance(one.data, pd.DataFrame) else pd.read_csv(one.data)
+        history = one.data if isinstance(one.data, pd.DataFrame) else read_history(Path(one.data))
         line: dict[str, Any] = {
             "color": one.color,
             "ls": "-" if is_kaf(one.activation) else "--",

@@ -1,0 +1,243 @@
+"""Our attacks against their authors' PyTorch code, image by image, on one ResNet20 of `models/`.
+
+    python benchmarks/against_autoattack.py export MODEL_FOLDER FILE.npz --n 200
+    TORCH_PYTHON benchmarks/against_autoattack.py theirs FILE.npz
+    python benchmarks/against_autoattack.py ours FILE.npz
+    python benchmarks/against_autoattack.py compare FILE.npz
+
+`export` writes the network's weights, its logits and the first N test images; `theirs` builds the
+same network in PyTorch (an environment with torch and pyautoattack, the authors' package) and runs
+the members of standard AutoAttack, each on what the ones before left standing; `ours` does the same
+here. Both write FILE.theirs.npz or FILE.ours.npz: by which member each image fell, and seconds.
+With `--fab-norms TARGETS`, FAB-T runs alone instead, on all images that are right when clean, and
+its smallest perturbation towards each of so many targets is kept. `--threads` is for both sides.
+"""
+
+import argparse
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+
+EPSILON = 8 / 255
+MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
+
+
+def export(folder: Path, file: Path, n: int) -> None:
+    """Weights in the order in which the layers were made, images, labels, logits."""
+    import keras
+
+    import kaf_study  # noqa: F401
+    from kaf_study.datasets import load
+
+    model = keras.saving.load_model(folder / "model.keras", compile=False)
+    arrays = {}
+    for kind in ("conv2d", "batch_normalization", "logits"):
+        layers = [layer for layer in model.layers if re.fullmatch(rf"{kind}(_\d+)?", layer.name)]
+        layers.sort(key=lambda layer: int(re.search(r"_(\d+)$|$", layer.name)[1] or 0))
+        for i, layer in enumerate(layers):
+            for weight in layer.weights:
+                arrays[f"{kind}/{i}/{weight.name}"] = keras.ops.convert_to_numpy(weight)
+    x, y = (part[:n] for part in load("cifar10")[2])
+    logits = np.concatenate(
+        [np.array(model(x[i : i + 100], training=False)) for i in range(0, n, 100)]
+    )
+    activation = next(name for name in ("relu", "swish") if f"resnet20_{name}_seed" in folder.name)
+    np.savez(file, x=x, y=y, logits=logits, folder=str(folder), activation=activation, **arrays)
+
+
+def torch_network(kept):
+    """The network in PyTorch: function of images (B, 3, 32, 32)."""
+    import torch
+    from torch.nn import functional as F
+
+    tensors = {name: torch.from_numpy(kept[name]) for name in kept.files if "/" in name}
+    activation = {"relu": F.relu, "swish": F.silu}[str(kept["activation"])]
+    convolutions, norms = iter(range(10**6)), iter(range(10**6))
+
+    def conv_parameters():
+        i = next(convolutions)
+        kernel = tensors[f"conv2d/{i}/kernel"].permute(3, 2, 0, 1).contiguous()
+        return kernel, tensors[f"conv2d/{i}/bias"]
+
+    def norm_parameters():
+        i = next(norms)
+        names = ("moving_mean", "moving_variance", "gamma", "beta")
+        return [tensors[f"batch_normalization/{i}/{name}"] for name in names]
+
+    def conv(x, parameters, stride):
+        # Keras' "same" pads an even image below and to the right only, where the stride is 2.
+        x = F.pad(x, (0, 1, 0, 1) if stride == 2 else (1, 1, 1, 1))
+        return F.conv2d(x, *parameters, stride=stride)
+
+    def norm(x, parameters):
+        return F.batch_norm(x, *parameters, training=False, eps=1e-3)
+
+    stem, stem_norm = conv_parameters(), norm_parameters()
+    blocks = []
+    for index in range(9):
+        stride = 2 if index in (3, 6) else 1
+        skip = conv_parameters() if stride == 2 else None
+        blocks.append(
+            (
+                stride,
+                skip,
+                conv_parameters(),
+                norm_parameters(),
+                conv_parameters(),
+                norm_parameters(),
+            )
+        )
+
+    def network(x):
+        x = activation(norm(conv(x, stem, 1), stem_norm))
+        for stride, skip, conv1, norm1, conv2, norm2 in blocks:
+            h = activation(norm(conv(x, conv1, stride), norm1))
+            h = conv(h, conv2, 1)
+            x = activation(norm(h + (conv(x, skip, 2) if skip else x), norm2))
+        return x.mean(dim=(2, 3)) @ tensors["logits/0/kernel"] + tensors["logits/0/bias"]
+
+    return network
+
+
+def x_parts(index, batch_size):
+    """Index (M,) in parts of about one size, at most `batch_size`."""
+    return np.array_split(index, -(-len(index) // batch_size))
+
+
+class Members:
+    """Runs members one after the other; keeps who felled an image, and seconds."""
+
+    def __init__(self, file, n):
+        self.file = file
+        self.felled_by = np.full(n, "", "<U8")
+        self.seconds = {}
+
+    def run(self, names, standing, attack):
+        """attack(name, index) -> fell, of the images at index (M,) that stand."""
+        for name in names:
+            index = np.flatnonzero(standing)
+            began = time.monotonic()
+            fell = attack(name, index)
+            self.seconds[name] = time.monotonic() - began
+            self.felled_by[index[fell]] = name
+            standing[index[fell]] = False
+            print(f"{name}: {len(index)} attacked, {fell.sum()} fell, {self.seconds[name]:.0f} s")
+            seconds = np.array([self.seconds.get(name, np.nan) for name in MEMBERS])
+            np.savez(self.file, felled_by=self.felled_by, seconds=seconds)
+
+
+def theirs(file: Path, n: int, names, fab_targets: int, batch_size: int, threads: int) -> None:
+    import torch
+    from pyautoattack import AutoAttack
+
+    torch.set_num_threads(threads)
+    kept = np.load(file)
+    network = torch_network(kept)
+    x = torch.from_numpy(kept["x"][:n]).permute(0, 3, 1, 2).contiguous()
+    y = torch.from_numpy(kept["y"][:n]).long()
+    with torch.no_grad():
+        logits = torch.cat([network(part) for part in x.split(100)]).numpy()
+    print(f"logits differ from Keras' by at most {np.abs(logits - kept['logits'][:n]).max():.1e}")
+    right = logits.argmax(axis=1) == kept["y"][:n]
+    adversary = AutoAttack(network, eps=EPSILON, seed=0, version="standard")
+    adversary.apgd.loss = "ce"
+    adversary.fab.targeted = True
+    attacks = {
+        "apgd-ce": adversary.apgd,
+        "apgd-t": adversary.apgd_targeted,
+        "fab-t": adversary.fab,
+        "square": adversary.square,
+    }
+
+    def attack(name, index):
+        for one in attacks.values():
+            one.seed = 0
+        fell = []
+        for part in x_parts(index, batch_size):
+            x_adv = attacks[name].perturb(x[part], y[part])
+            with torch.no_grad():
+                fell.append((network(x_adv).argmax(dim=1) != y[part]).numpy())
+        return np.concatenate(fell)
+
+    if not fab_targets:
+        Members(file.with_suffix(".theirs.npz"), len(x)).run(names, right, attack)
+        return
+    index, norms = np.flatnonzero(right), []
+    began = time.monotonic()
+    with torch.no_grad():
+        for target in range(fab_targets):
+            adversary.fab.target_class = target + 2
+            found = torch.cat(
+                [
+                    adversary.fab.attack_single_run(x[part], y[part], is_targeted=True)
+                    for part in x_parts(index, batch_size)
+                ]
+            )
+            norms.append((found - x[index]).abs().amax(dim=(1, 2, 3)).numpy())
+            norms[-1][norms[-1] == 0] = np.inf  # nothing was found
+            seconds = time.monotonic() - began
+            np.savez(file.with_suffix(".theirs.npz"), norms=norms, index=index, seconds=seconds)
+
+
+def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
+    import keras
+
+    import kaf_study  # noqa: F401
+    from kaf_study.attacks.classifier import CompiledClassifier
+    from kaf_study.attacks.fab import FAB
+
+    kept = np.load(file)
+    model = keras.saving.load_model(Path(str(kept["folder"])) / "model.keras", compile=False)
+    classifier = CompiledClassifier(model, 10, (32, 32, 3))
+    x, y = kept["x"][:n], kept["y"][:n].astype("int64")
+    right = kept["logits"][:n].argmax(axis=1) == y
+    index = np.flatnonzero(right)
+    norms = []
+
+    class Recording(FAB):
+        def propose(self, state, found, iteration):
+            super().propose(state, found, iteration)
+            if iteration == self.iterations:
+                norms[-1].append(state["best_norm"])
+
+    began = time.monotonic()
+    for target in range(fab_targets):
+        norms.append([])
+        attack = Recording(classifier, epsilon=0.0, steps=100)
+        attack.run(x[index], y[index], index, target + 1, seed=0, batch_size=batch_size)
+        together = np.array([np.concatenate(one) for one in norms])
+        seconds = time.monotonic() - began
+        np.savez(file.with_suffix(".ours.npz"), norms=together, index=index, seconds=seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("export", "theirs", "ours"))
+    parser.add_argument("paths", nargs="+", type=Path)
+    parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--members", nargs="+", default=MEMBERS, choices=MEMBERS)
+    parser.add_argument("--fab-norms", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    given = parser.parse_args()
+    match given.what:
+        case "export":
+            export(*given.paths, given.n)
+        case "theirs":
+            theirs(
+                *given.paths,
+                given.n,
+                given.members,
+                given.fab_norms,
+                given.batch_size,
+                given.threads,
+            )
+        case "ours":
+            ours(*given.paths, given.n, given.members, given.fab_norms, given.batch_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""A classifier as the attacks see it: compiled logits, and gradients of losses of the logits.
+
+One compiled function gives the gradient in the images alone (not in the weights) and, from the same
+forward pass, the logits: they tell which images have fallen without a prediction of their own.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from kaf_study import InputError
+
+
+def cross_entropy(logits: tf.Tensor, y: tf.Tensor, *_) -> tf.Tensor:
+    """(B,): of the labels y (B,), logits (B, classes)."""
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)
+
+
+def logit(logits: tf.Tensor, of: tf.Tensor) -> tf.Tensor:
+    """(B,): the logit of one class each, `of` (B,)."""
+    return tf.gather(logits, of, batch_dims=1)
+
+
+class CompiledClassifier:
+    """A model of logits, compiled, in inference mode, images in [0, 1].
+
+    Losses are summed over images, not averaged: an image's gradient then does not depend on how
+    many others are in the batch.
+
+    Args:
+        model: Keras model, or callable f(x, training=False), giving logits.
+        classes: how many logits it gives.
+        input_shape: (H, W, C) of its images.
+
+    Attributes:
+        gradient_calls: how many gradients were computed, in batches.
+        forward_calls: how many batches were predicted without a gradient.
+    """
+
+    def __init__(self, model: Callable, classes: int, input_shape: tuple[int, ...]):
+        self.model, self.nb_classes, self.input_shape = model, classes, tuple(input_shape)
+        self.gradient_calls = 0
+        self.forward_calls = 0
+        self._graphs: dict[tuple[Callable, int], Callable] = {}
+        self._images = tf.TensorSpec((None, *input_shape), tf.float32)
+
+        @tf.function(input_signature=[self._images])
+        def logits(x):
+            return tf.cast(model(x, training=False), tf.float32)
+
+        self._logits = logits
+
+    def predict(self, x: np.ndarray, batch_size: int = 128) -> np.ndarray:
+        """Logits (N, classes) of images (N, H, W, C), `batch_size` at a time."""
+        chunks = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
+        self.forward_calls += len(chunks)
+        return np.concatenate([self._logits(tf.constant(c, tf.float32)).numpy() for c in chunks])
+
+    def differentiable(self, loss: Callable) -> Callable[..., list[np.ndarray]]:
+        """A loss of the logits, compiled once, for use on batches; a call counts as a gradient.
+
+        Args:
+            loss: function (logits (B, classes), *labels (B,) int) -> (B,).
+
+        Returns:
+            Function (x (B, H, W, C), *labels) -> loss (B,), logits (B, classes), and the gradient
+            of the summed loss in x, NumPy arrays.
+        """
+
+        def loss_logits_gradient(x, *labels):
+            self.gradient_calls += 1
+            labels = [tf.constant(label, tf.int32) for label in labels]
+            found = self._traced(loss, len(labels))(tf.constant(x, tf.float32), *labels)
+            if found[-1] is None:
+                raise InputError(
+                    "no gradient passes from the model's outputs to its images, so it cannot be "
+                    "attacked by gradients; give a differentiable version of it"
+                )
+            return [v.numpy() for v in found]
+
+        return loss_logits_gradient
+
+    def _traced(self, loss, labels):
+        """The graph of a loss with so many labels: one for all batch sizes."""
+        if (loss, labels) not in self._graphs:
+            label = tf.TensorSpec((None,), tf.int32)
+
+            @tf.function(input_signature=[self._images, *[label] * labels])
+            def graph(x, *labels):
+                with tf.GradientTape(watch_accessed_variables=False) as tape:
+                    tape.watch(x)
+                    logits = tf.cast(self.model(x, training=False), tf.float32)
+                    losses = loss(logits, *labels)
+                return losses, logits, tape.gradient(losses, x)
+
+            self._graphs[loss, labels] = graph
+        return self._graphs[loss, labels]
+
+    def class_gradients(self, x: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """Gradients in x (B, H, W, C) of the logits `classes` (B, K) int: (B, K, H, W, C)."""
+        gradient_of = self.differentiable(logit)
+        return np.stack([gradient_of(x, of)[2] for of in classes.T], axis=1)
+
+    def check_gradient(self, x: np.ndarray, y: np.ndarray) -> None:
+        """Refuse a model through which no gradient passes, with the reason. x (B, ...), y (B,)."""
+        try:
+            gradient = self.differentiable(cross_entropy)(x, y)[2]
+        except InputError:
+            raise
+        except (LookupError, ValueError, TypeError) as error:
+            raise InputError(
+                "the model was saved without gradient information (probably a custom gradient "
+                f"that older TensorFlow did not save: {' '.join(str(error).split())[:120]}); "
+                "export it again from the original code, or give the .keras or .h5 file"
+            ) from None
+        if not np.all(np.isfinite(gradient)):
+            raise InputError("the model's gradient in its images has NaN or infinite values")
