@@ -8,6 +8,7 @@ import pytest
 
 from kaf_study import InputError, compare
 from kaf_study.activations import STUDIED
+from kaf_study.cards import shown_verdicts
 from kaf_study.claims import CLAIMS, Claim, claims_table, means, studies
 from kaf_study.records import Evaluation, read_results, standard_error
 
@@ -107,7 +108,7 @@ def test_verdicts_are_of_means_over_seeds(models):
     kaf = table.loc[[("robust", "kaf", "relu")]].iloc[0]
     assert kaf["difference"] == pytest.approx(-1 / N) and kaf["verdict"] == "equal within 1 point"
     clean = table.loc[[("clean", "kaf", "relu")]].iloc[0]
-    assert clean["difference"] == 0 and clean["verdict"] == "equal within 1 point"
+    assert clean["difference"] == pytest.approx(0) and clean["verdict"] == "equal within 1 point"
     assert clean["published"] == pytest.approx(0.7808 - 0.7752)
     assert "elu" not in table.index.get_level_values("first")
 
@@ -177,6 +178,21 @@ def test_compare_shows_claims_of_several_seeds(models, tmp_path, capsys):
     assert "standard deviation: clean 0.06, robust 0.10 points" in printed
     saved = pd.read_csv(tmp_path / "out" / "claims.csv")
     assert set(saved["verdict"]) == {"more robust", "equal within 1 point"}
+
+
+def test_verdicts_of_several_studies_stand_side_by_side(models, tmp_path):
+    for seed in range(2):
+        add_network(models, "relu", seed, range(500 + seed), epochs=30, name=f"long_relu{seed}")
+        add_network(models, "elu", seed, range(440 + seed), epochs=30, name=f"long_elu{seed}")
+    by_epochs = sorted(studies(read_results(models)), key=lambda s: s.models[0].settings["epochs"])
+    short, long = by_epochs
+    cells = shown_verdicts({"15 epochs": claims_table(short), "30 epochs": claims_table(long)})
+    rows = {row[1:3]: row[3:] for row in zip(*cells.values(), strict=True)}
+    assert rows["Swish", "ReLU"] == ("+5.8, more robust", "–")
+    assert rows["ELU", "ReLU"] == ("–", "-6.0, less robust")
+    assert [claim for claim in cells["claim"] if claim] == list(
+        dict.fromkeys(filter(None, cells["claim"]))
+    )
 
 
 def test_compare_shows_no_claims_of_single_seeds(tmp_path, capsys):

@@ -38,13 +38,13 @@ def rng():
 
 
 @pytest.fixture(scope="module")
-def small_resnet():
+def small_network():
     keras.utils.set_random_seed(0)
-    return resnet("kaf", depth=8)
+    return insights.plain_network("kaf", 2, filters=4, input_shape=(8, 8, 3))
 
 
 def images(rng, count):
-    return rng.uniform(size=(count, 32, 32, 3)).astype("float32")
+    return rng.uniform(size=(count, 8, 8, 3)).astype("float32")
 
 
 # --------------------------------------------------------------------------- movement
@@ -78,19 +78,19 @@ def test_movement_of_two_dense_layers_is_the_one_computed_by_hand(rng):
             np.testing.assert_allclose(rows[column], values, rtol=1e-5, atol=1e-6)
 
 
-def test_identical_images_are_at_distance_0_and_another_image_is_not(small_resnet, rng):
+def test_identical_images_are_at_distance_0_and_another_image_is_not(small_network, rng):
     x = images(rng, 3)
-    table = insights.movement(small_resnet, x, x)
+    table = insights.movement(small_network, x, x)
     assert (table["distance"] == 0).all()
     assert (table[["clean_norm", "to_other_image"]] > 0).all(axis=None)
-    assert table["layer"].nunique() == 7
+    assert table["layer"].nunique() == 2
     relative = insights.relative_movement(table)
     assert (relative == 0).all(axis=None)
 
 
-def test_an_attack_that_swaps_two_images_moves_by_exactly_the_ruler(small_resnet, rng):
+def test_an_attack_that_swaps_two_images_moves_by_exactly_the_ruler(small_network, rng):
     x = images(rng, 2)
-    table = insights.movement(small_resnet, x, x[::-1])
+    table = insights.movement(small_network, x, x[::-1])
     for of in insights.QUANTITIES:
         for values in ("all", "channel means"):
             relative = insights.relative_movement(table, of=of, values=values)
@@ -165,14 +165,14 @@ def test_histograms_count_every_value_once_also_those_outside(rng):
     np.testing.assert_allclose(shares, np.array([[1, 0, 1, 3, 1, 2]]) / 8)
 
 
-def test_training_mode_leaves_the_moving_averages_alone(small_resnet, rng):
-    before = small_resnet.get_weights()
+def test_training_mode_leaves_the_moving_averages_alone(small_network, rng):
+    before = small_network.get_weights()
     x = images(rng, 4)
-    training = insights.histograms(small_resnet, x, training=True)
-    insights.gradient_norms(small_resnet, x, np.arange(4))
-    for a, b in zip(before, small_resnet.get_weights(), strict=True):
+    training = insights.histograms(small_network, x, training=True)
+    insights.gradient_norms(small_network, x, np.arange(4))
+    for a, b in zip(before, small_network.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not np.allclose(training, insights.histograms(small_resnet, x))
+    assert not np.allclose(training, insights.histograms(small_network, x))
 
 
 def test_a_model_without_activation_layers_is_refused():
@@ -211,12 +211,12 @@ def test_moments_of_one_gaussian_kernel_are_the_closed_forms():
 def test_a_random_start_has_the_moments_predicted_at_any_scale_of_alpha():
     keras.utils.set_random_seed(0)
     kaf = Kaf()
-    kaf.build((None, 3000))
-    predicted, drawn = insights.random_start_moments(), insights.moments(kaf, 3000)
+    kaf.build((None, 800))
+    predicted, drawn = insights.random_start_moments(), insights.moments(kaf, 800)
     assert drawn.squared_derivative.mean() == pytest.approx(
-        predicted.squared_derivative.item(), rel=0.03
+        predicted.squared_derivative.item(), rel=0.05
     )
-    assert drawn.variance.mean() == pytest.approx(predicted.variance.item(), rel=0.03)
+    assert drawn.variance.mean() == pytest.approx(predicted.variance.item(), rel=0.05)
     wider = insights.random_start_moments(alpha_std=0.5)
     assert wider.variance.item() == pytest.approx(100 * predicted.variance.item())
     assert wider.gain == pytest.approx(predicted.gain)
@@ -291,7 +291,7 @@ def test_gradient_norms_of_two_dense_layers_are_those_computed_by_hand(rng):
 
 
 def test_growth_measured_in_a_wide_network_is_the_predicted_one(rng):
-    widths = (50, 400, 400, 400, 400)
+    widths = (50, 200, 200, 200)
     kernels = [rng.normal(size=shape) / math.sqrt(shape[0]) for shape in itertools.pairwise(widths)]
     inputs = x = keras.Input((50,))
     for kernel in kernels:
@@ -303,7 +303,7 @@ def test_growth_measured_in_a_wide_network_is_the_predicted_one(rng):
     x, y = rng.normal(size=(512, 50)).astype("float32"), rng.integers(0, 10, 512)
     measured = insights.measured_gains(insights.gradient_norms(model, x, y))["growth"]
     predicted = insights.predicted_growth(model)
-    assert predicted[0] > 8  # three layers of random KAFs
+    assert predicted[0] > 4  # two layers of random KAFs
     np.testing.assert_allclose(measured, predicted, rtol=0.15)
 
 

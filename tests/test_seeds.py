@@ -171,6 +171,13 @@ def test_difference_is_paired_by_image():
     assert found.df == pytest.approx(999)
 
 
+def test_networks_that_agree_on_every_image_are_equal():
+    x = np.repeat(np.arange(100)[None] < 40, 3, axis=0)
+    found = difference({"a": x, "b": x}, "a", "b", spread({"a": x, "b": x}))
+    assert found.interval() == pytest.approx((0, 0), abs=1e-12)
+    assert (found.p_different, found.p_equal()) == (1, 0)
+
+
 def test_one_seed_of_each_says_nothing():
     x = simulated(np.random.default_rng(0), {"a": 0.6, "b": 0.3}, studies=1, seeds=1, n=500)
     noise = spread(x)

@@ -179,6 +179,30 @@ def shown_claims(table: pd.DataFrame) -> dict[str, list[str]]:
     }
 
 
+def shown_verdicts(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
+    """Tables of `claims.claims_table` {study: table} side by side, one column for each study."""
+    pair = ["claim", "first", "second"]
+    whole = pd.concat([table.assign(study=study) for study, table in tables.items()])
+    order = {claim: place for place, claim in enumerate(whole["claim"].unique())}
+    rows = whole.drop_duplicates(pair).sort_values(
+        "claim", key=lambda c: c.map(order), kind="stable"
+    )
+    cells = {
+        "claim": list(rows["claim"].mask(rows["claim"].duplicated(), "")),
+        "of": [ACTIVATION_LABELS.get(name, name) for name in rows["first"]],
+        "against": [ACTIVATION_LABELS.get(name, name) for name in rows["second"]],
+    }
+    for study, table in tables.items():
+        texts = [
+            f"{point}, {said}"
+            for point, said in zip(_points(table["difference"]), table["verdict"], strict=True)
+        ]
+        found = dict(zip(table[pair].itertuples(index=False, name=None), texts, strict=True))
+        keys = rows[pair].itertuples(index=False, name=None)
+        cells[study] = [found.get(key, "–") for key in keys]
+    return cells
+
+
 def _points(values: Iterable[float]) -> list[str]:
     # + 0.0: no "-0.0"
     return ["–" if pd.isna(value) else f"{round(100 * value, 1) + 0.0:+.1f}" for value in values]

@@ -14,6 +14,7 @@ import pandas as pd
 from kaf_study import InputError
 from kaf_study.activations import KAF_ON_BASE, KWTA, RIDGE_KAF, STUDIED, is_kaf
 from kaf_study.model_folder import TrainedModel, with_training
+from kaf_study.paired import LEVEL
 from kaf_study.seeds import (
     EQUAL,
     LESS,
@@ -225,6 +226,6 @@ def _why(found: Estimate, noise: Spread, comparisons: int) -> str:
     if noise.df == 0:
         return "one seed each: how far trainings of one activation differ is not known"
     low, high = found.interval()
-    if found.p_different < 0.05 or found.p_equal() < 0.05:
+    if found.p_different < LEVEL or found.p_equal() < LEVEL:
         return f"not after the correction for {comparisons} comparisons"
     return f"± {100 * (high - low) / 2:.1f} points are too wide"

@@ -18,6 +18,7 @@ from kaf_study.cards import (
     claim_notes,
     conclusion,
     console,
+    markdown,
     markdown_claims,
     markdown_pairs,
     markdown_table,
@@ -28,6 +29,7 @@ from kaf_study.cards import (
     shown_claims,
     shown_means,
     shown_pairs,
+    shown_verdicts,
 )
 from kaf_study.claims import Study, claims_table, means, studies
 from kaf_study.figures import accuracy_robustness_scatter, common_training, save
@@ -121,7 +123,11 @@ def claims_of(results: pd.DataFrame, kind: str) -> Claims:
 
 
 def markdown_of(claims: Claims) -> str:
-    return "\n\n".join(f"**{title}**\n\n{markdown_claims(*rest)}" for title, *rest in claims)
+    """Each study by itself, and the verdicts side by side if there are several."""
+    parts = [f"**{title}**\n\n{markdown_claims(*rest)}" for title, *rest in claims]
+    if len(claims) > 1:
+        parts.append(markdown(shown_verdicts({title: table for title, *_, table in claims})))
+    return "\n\n".join(parts)
 
 
 def write(

@@ -130,10 +130,10 @@ def estimate(results: Outcomes, weights: Mapping[str, float], noise: Spread) -> 
     share = sum(w**2 / results[a].shape[-2] for a, w in weights.items())
     of_seeds = share * noise.seed
     of_images = np.maximum(image.var(axis=-1, ddof=1) - share * noise.rest, 0) / n
-    variance = of_seeds + of_images
-    with np.errstate(divide="ignore", invalid="ignore"):
-        df = variance**2 / (of_seeds**2 / noise.df + of_images**2 / (n - 1))
-    return Estimate(value, np.sqrt(variance), np.where(variance > 0, df, noise.df))
+    # Where every image and seed agree, almost 0: then p is 1 or 0, not 0 / 0.
+    variance = np.maximum(of_seeds + of_images, 1e-30)
+    df = variance**2 / (of_seeds**2 / noise.df + of_images**2 / (n - 1) + 1e-90)
+    return Estimate(value, np.sqrt(variance), np.minimum(df, noise.df + n - 1))
 
 
 def difference(results: Outcomes, first: str, second: str, noise: Spread) -> Estimate:

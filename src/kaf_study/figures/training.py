@@ -64,9 +64,9 @@ def training_curves(
     for ax in axes[1]:
         ax.set_xlabel("epoch")
     handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=min(len(names), 4), frameon=False
-    )
+    fitting = 100 // (7 + max(map(len, names)))  # of the figure's 100 letters, 7 for each line
+    columns = max(1, min(len(names), 4, fitting))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(title or "Fast adversarial training, probed on validation images", fontsize=12)
     return figure
 
