@@ -35,7 +35,6 @@ class Kaf(keras.layers.Layer):
 
     Args:
         D: number of dictionary points, at least 2.
-        conv: accepted for old code; has no effect, any input rank works.
         ridge: function that g starts as, by a kernel ridge fit on the dictionary: the name of a
             Keras activation ("relu", "elu", "swish", "tanh", ...) or a function that Keras can
             serialise. None: alpha starts from `alpha_initializer`.
@@ -57,7 +56,6 @@ class Kaf(keras.layers.Layer):
     def __init__(
         self,
         D=20,
-        conv=None,
         ridge=None,
         moving=False,
         boundary=3.0,
@@ -81,7 +79,6 @@ class Kaf(keras.layers.Layer):
                 f"received bandwidth={bandwidth!r}, kernel={kernel!r}."
             )
         self.D = int(D)
-        self.conv = conv
         self.ridge = _serialisable_function(ridge)
         self.moving = bool(moving)
         self.boundary = float(boundary)
@@ -163,11 +160,14 @@ class Kaf(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(_without_conv(config))
+
     def get_config(self):
         return {
             **super().get_config(),
             "D": self.D,
-            "conv": self.conv,
             "ridge": None if self.ridge is None else keras.activations.serialize(self.ridge),
             "moving": self.moving,
             "boundary": self.boundary,
@@ -177,6 +177,11 @@ class Kaf(keras.layers.Layer):
             "alpha_regularizer": keras.regularizers.serialize(self.alpha_regularizer),
             "alpha_constraint": keras.constraints.serialize(self.alpha_constraint),
         }
+
+
+def _without_conv(config):
+    """A config as it is now; older ones hold `conv`, which never had an effect."""
+    return {name: value for name, value in config.items() if name != "conv"}
 
 
 def _serialisable_function(function):
@@ -251,11 +256,10 @@ class Kwta(keras.layers.Layer):
     Args:
         ratio: fraction kept, in (0, 1]. Kept as a non-trainable weight, which is saved;
             `AnnealKwta` lowers it during training.
-        conv: accepted for old code; has no effect.
         data_format: accepted and checked; the winners are the same in either order.
     """
 
-    def __init__(self, ratio=0.2, conv=None, data_format="channels_last", **kwargs):
+    def __init__(self, ratio=0.2, data_format="channels_last", **kwargs):
         super().__init__(**kwargs)
         if not 0 < ratio <= 1:
             raise ValueError(f"Kwta's ratio is a fraction in (0, 1]; received {ratio!r}.")
@@ -264,7 +268,6 @@ class Kwta(keras.layers.Layer):
                 f"data_format is 'channels_last' or 'channels_first'; received {data_format!r}."
             )
         self.initial_ratio = float(ratio)
-        self.conv = conv
         self.data_format = data_format
         self.supports_masking = True
 
@@ -296,11 +299,14 @@ class Kwta(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(_without_conv(config))
+
     def get_config(self):
         return {
             **super().get_config(),
             "ratio": self.initial_ratio,
-            "conv": self.conv,
             "data_format": self.data_format,
         }
 

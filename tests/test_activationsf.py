@@ -227,7 +227,6 @@ FULL_SETTINGS = [
     pytest.param(
         {
             "D": 7,
-            "conv": True,
             "boundary": 2.0,
             "bandwidth": 1.5,
             "alpha_initializer": keras.initializers.RandomUniform(-1, 1, seed=3),
@@ -253,9 +252,20 @@ def test_a_layer_is_made_again_from_its_config(settings):
     again = keras.saving.deserialize_keras_object(config)
     assert again.get_config() == layer.get_config()
     assert again.ridge is layer.ridge and again.trainable == layer.trainable
-    names = {"D", "conv", "ridge", "moving", "boundary", "kernel", "bandwidth"}
+    names = {"D", "ridge", "moving", "boundary", "kernel", "bandwidth"}
     names |= {"alpha_initializer", "alpha_regularizer", "alpha_constraint"}
     assert names <= set(layer.get_config())
+
+
+@pytest.mark.parametrize("layer", [Kaf(D=4, ridge="elu"), Kwta(0.3)], ids=["kaf", "kwta"])
+@pytest.mark.parametrize("conv", [None, True, False])
+def test_configs_of_old_files_may_hold_conv_and_new_code_may_not(layer, conv):
+    config = keras.saving.serialize_keras_object(layer)
+    assert "conv" not in config["config"]
+    old = {**config, "config": {**config["config"], "conv": conv}}
+    assert keras.saving.deserialize_keras_object(old).get_config() == layer.get_config()
+    with pytest.raises(ValueError, match="conv"):
+        type(layer)(conv=conv)
 
 
 @pytest.fixture(scope="module")
