@@ -1,9 +1,16 @@
-"""Trainable activation functions as Keras layers: Kaf and Kwta, and activation(name) for all.
+"""Trainable activation functions as Keras layers: Kaf and Kwta, activation(name) for all by name.
+
+replace_activations puts them in place of a network's own.
 
 Kaf: Scardapane, Van Vaerenbergh, Totaro & Uncini 2019, "Kafnets: kernel-based non-parametric
 activation functions for neural networks" (arXiv 1707.04035). Kwta: Xiao, Zhong & Zheng 2020 (ICLR,
 arXiv 1905.10510). Importing this module registers both, so that keras.models.load_model finds them.
 """
+
+import functools
+import numbers
+import warnings
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -15,6 +22,7 @@ from kernel_expansion import (
     gaussian_expansion,
     moving_gaussian_expansion,
     plain_expansion,
+    plus,
     ridge_coefficients,
     rule_of_thumb_bandwidth,
 )
@@ -24,28 +32,34 @@ from kernel_expansion import (
 class Kaf(keras.layers.Layer):
     """Kernel activation function: one trainable function per channel (the last axis).
 
-        g(x) = sum_{i=1..D} alpha_i kappa(x, d_i)
+        g(x) = base(x) + sum_{i=1..D} alpha_i kappa(x, d_i)
 
-    (Kafnets, eq. 13), with D mixing coefficients alpha per channel over a dictionary of D points,
-    equally spaced on [-boundary, boundary]. Dense and convolutional inputs are the same case.
+    with D mixing coefficients alpha per channel over a dictionary of D points, equally spaced on
+    [-boundary, boundary]. Dense and convolutional inputs are the same case.
 
-    The sum runs in float32 under mixed precision too (a ridge start has coefficients that cancel;
-    in float16 they left noise of 0.1), in float64 under the float64 policy. With the Gaussian
-    kernel, g is 0 far outside the dictionary.
+    Without a base this is Kafnets, eq. 13, and with the Gaussian kernel g is 0 far outside the
+    dictionary. With one, which the KAF literature does not have, g goes on there as its base, and
+    starts as exactly that: FastKAN (Li 2024, arXiv 2405.06721) and KAN (Liu et al. 2024, arXiv
+    2404.19756, eq. 2.10) add such a base, SiLU, to Gaussian kernels and to splines.
+
+    Parameters and sums are float32 under half precision too (a ridge start has coefficients that
+    cancel; in float16 they left noise of 0.1), float64 under the float64 policy.
 
     Args:
         D: number of dictionary points, at least 2.
-        conv: accepted for old code; has no effect, any input rank works.
         ridge: function that g starts as, by a kernel ridge fit on the dictionary: the name of a
             Keras activation ("relu", "elu", "swish", "tanh", ...) or a function that Keras can
             serialise. None: alpha starts from `alpha_initializer`.
+        base: function that the kernels are added to, named as for `ridge`; elementwise. None: no
+            base. Goes with `moving`, not with `ridge`.
         moving: whether the dictionary (D per channel) and, for the Gaussian kernel, the bandwidth
             (1 per channel, trained as its logarithm) are trained as well. Goes with `ridge`.
         boundary: end of the dictionary, 3 in the thesis reproduced here.
         kernel: "gaussian", or "relu" (a linear spline) and "softplus" of the KAF authors' code.
         bandwidth: gamma of exp(-gamma (x - d)^2). None: 1 / (6 step^2), Kafnets eq. 15; the
             authors' code has 1 / (8 step^2).
-        alpha_initializer: used without `ridge`; "random_normal" has standard deviation 0.05.
+        alpha_initializer: used without `ridge`. None: zeros with a base, else "random_normal",
+            which has standard deviation 0.05.
         alpha_regularizer, alpha_constraint: of alpha (D, C).
 
     Input shape: (batch, ..., C), at least rank 2, C known. Output shape: the same.
@@ -57,43 +71,54 @@ class Kaf(keras.layers.Layer):
     def __init__(
         self,
         D=20,
-        conv=None,
         ridge=None,
+        base=None,
         moving=False,
         boundary=3.0,
         kernel="gaussian",
         bandwidth=None,
-        alpha_initializer="random_normal",
+        alpha_initializer=None,
         alpha_regularizer=None,
         alpha_constraint=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(D, int | np.integer) or D < 2:
+        if not _is_number(D, numbers.Integral) or D < 2:
             raise ValueError(f"Kaf needs an integer D of at least 2 points; received D={D!r}.")
-        if not 0 < boundary < np.inf:
+        if not (_is_number(boundary) and 0 < boundary < np.inf):
             raise ValueError(f"Kaf needs a positive, finite boundary; received {boundary!r}.")
-        if kernel not in KERNELS:
+        if not (isinstance(kernel, str) and kernel in KERNELS):
             raise ValueError(f"Kaf knows the kernels {', '.join(KERNELS)}; received {kernel!r}.")
-        if bandwidth is not None and (kernel != "gaussian" or not 0 < bandwidth < np.inf):
+        if bandwidth is not None and (
+            kernel != "gaussian" or not (_is_number(bandwidth) and 0 < bandwidth < np.inf)
+        ):
             raise ValueError(
                 "Kaf's bandwidth must be positive and finite, and goes with the Gaussian kernel; "
                 f"received bandwidth={bandwidth!r}, kernel={kernel!r}."
             )
+        if not isinstance(moving, bool | np.bool_):
+            raise ValueError(f"Kaf's moving is True or False; received {moving!r}.")
+        if ridge is not None and base is not None:
+            raise ValueError(
+                "Kaf takes a base, which the kernels are added to, or a ridge, which they are "
+                f"fitted to, not both; received base={base!r}, ridge={ridge!r}."
+            )
         self.D = int(D)
-        self.conv = conv
-        self.ridge = _serialisable_function(ridge)
+        self.ridge = _serialisable_function("ridge", ridge)
+        self.base = _serialisable_function("base", base)
         self.moving = bool(moving)
         self.boundary = float(boundary)
         self.kernel = kernel
-        self.bandwidth = bandwidth
-        self.alpha_initializer = keras.initializers.get(alpha_initializer)
+        self.bandwidth = None if bandwidth is None else float(bandwidth)
+        self.alpha_initializer = keras.initializers.get(
+            alpha_initializer or ("random_normal" if base is None else "zeros")
+        )
         self.alpha_regularizer = keras.regularizers.get(alpha_regularizer)
         self.alpha_constraint = keras.constraints.get(alpha_constraint)
         self.supports_masking = True
-        self._initial_gamma = (
-            float(bandwidth) if bandwidth else rule_of_thumb_bandwidth(self.D, self.boundary)
-        )
+        self._initial_gamma = self.bandwidth or rule_of_thumb_bandwidth(self.D, self.boundary)
+        # other kernels, and a base, go on outside the dictionary
+        self._is_range_checked = kernel != "gaussian" or base is not None
         self._ridge_alpha = None
         if self.ridge is not None:
             self._ridge_alpha = ridge_coefficients(
@@ -112,6 +137,7 @@ class Kaf(keras.layers.Layer):
                 f"axis of known size; received input_shape={tuple(input_shape)}. Give the Input "
                 "layer a fixed channel count."
             )
+        stored = {"dtype": self._sum_dtype, "autocast": False}
         self.alpha = self.add_weight(
             name="alpha",
             shape=(self.D, channels),
@@ -120,21 +146,21 @@ class Kaf(keras.layers.Layer):
             else _per_channel(self._ridge_alpha),
             regularizer=self.alpha_regularizer,
             constraint=self.alpha_constraint,
-            autocast=False,
+            **stored,
         )
         if self.moving:
             self.dictionary = self.add_weight(
                 name="dictionary",
                 shape=(self.D, channels),
                 initializer=_per_channel(self._initial_dictionary),
-                autocast=False,
+                **stored,
             )
             if self.kernel == "gaussian":
                 self.log_gamma = self.add_weight(
                     name="log_gamma",
                     shape=(channels,),
                     initializer=keras.initializers.Constant(float(np.log(self._initial_gamma))),
-                    autocast=False,
+                    **stored,
                 )
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: channels})
         super().build(input_shape)
@@ -146,29 +172,62 @@ class Kaf(keras.layers.Layer):
             return None
         return ops.exp(self.log_gamma) if self.moving else self._initial_gamma
 
+    @property
+    def _sum_dtype(self):
+        return "float64" if self.compute_dtype == "float64" else "float32"
+
+    def share_outside(self, x) -> float:
+        """Share of the values of x (..., C) that lie outside the dictionary; the layer is built."""
+        d = ops.convert_to_numpy(self.dictionary) if self.moving else self._initial_dictionary
+        x = ops.convert_to_numpy(x)
+        return float(np.mean((x < d.min(axis=0)) | (x > d.max(axis=0))))
+
+    def _check_range(self, x):
+        """Warn, on the first values that a model hands in outside of a compiled function."""
+        if self._is_range_checked or not _is_concrete(x) or not _is_inside_a_model(self):
+            return
+        self._is_range_checked = True
+        share = self.share_outside(x)
+        if share > 0.05:
+            warnings.warn(
+                f"{share:.0%} of the inputs of {self.name!r} lie outside its dictionary, "
+                "where a Kaf without a base falls to 0: normalise them, take a larger boundary "
+                '(and D), or Kaf(base="relu").',
+                stacklevel=2,
+            )
+
     def call(self, inputs):
-        dtype = "float64" if self.compute_dtype == "float64" else "float32"
-        x = ops.cast(inputs, dtype)
+        x = ops.cast(inputs, self._sum_dtype)
+        self._check_range(x)
         alpha = ops.convert_to_tensor(self.alpha)
         if self.kernel != "gaussian":
             d = self.dictionary if self.moving else self._initial_dictionary
-            y = plain_expansion(x, alpha, ops.convert_to_tensor(d, dtype), None, self.kernel)
+            d = ops.convert_to_tensor(d, self._sum_dtype)
+            # these kernels grow with x: alpha = 0 must be 0 at infinity too
+            finite = x if self.base is None else ops.clip(x, -1e30, 1e30)
+            y = plus(self.base, x, plain_expansion(finite, alpha, d, None, self.kernel))
         elif self.moving:
             d = ops.convert_to_tensor(self.dictionary)
-            y = moving_gaussian_expansion(x, alpha, d, self.gamma)
+            y = moving_gaussian_expansion(x, alpha, d, self.gamma, self.base)
         else:
-            y = gaussian_expansion(x, alpha, boundary=self.boundary, gamma=self.gamma)
+            y = gaussian_expansion(
+                x, alpha, boundary=self.boundary, gamma=self.gamma, base=self.base
+            )
         return ops.cast(y, self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(_without_conv(config))
+
     def get_config(self):
         return {
             **super().get_config(),
             "D": self.D,
-            "conv": self.conv,
             "ridge": None if self.ridge is None else keras.activations.serialize(self.ridge),
+            "base": None if self.base is None else keras.activations.serialize(self.base),
             "moving": self.moving,
             "boundary": self.boundary,
             "kernel": self.kernel,
@@ -179,7 +238,36 @@ class Kaf(keras.layers.Layer):
         }
 
 
-def _serialisable_function(function):
+def _is_concrete(x):
+    """Whether x holds numbers now, rather than standing for some in a graph."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        return hasattr(x, "numpy")
+    if backend == "jax":
+        import jax
+
+        return not isinstance(x, jax.core.Tracer)
+    import torch
+
+    return not (x.is_meta or torch.compiler.is_compiling())
+
+
+def _is_inside_a_model(layer):
+    """Whether a model called it, not the user: a plot, say, may well look far out."""
+    return layer._get_call_context().entry_layer is not layer
+
+
+def _without_conv(config):
+    """A config as it is now; older ones hold `conv`, which never had an effect."""
+    return {name: value for name, value in config.items() if name != "conv"}
+
+
+def _is_number(value, kind=numbers.Real):
+    """Of Python or NumPy; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _serialisable_function(argument, function):
     """An activation by name, config or itself; refused unless Keras can save and load it."""
     if function is None:
         return None
@@ -192,8 +280,8 @@ def _serialisable_function(function):
         reason = ""
     if restored is not function:
         raise ValueError(
-            "Kaf's ridge must be a function that can be saved: a Keras activation's name, or a "
-            "function registered with keras.saving.register_keras_serializable; "
+            f"Kaf's {argument} must be a function that can be saved: a Keras activation's name, or "
+            "a function registered with keras.saving.register_keras_serializable; "
             f"received {function!r}{reason}."
         )
     return function
@@ -251,20 +339,18 @@ class Kwta(keras.layers.Layer):
     Args:
         ratio: fraction kept, in (0, 1]. Kept as a non-trainable weight, which is saved;
             `AnnealKwta` lowers it during training.
-        conv: accepted for old code; has no effect.
         data_format: accepted and checked; the winners are the same in either order.
     """
 
-    def __init__(self, ratio=0.2, conv=None, data_format="channels_last", **kwargs):
+    def __init__(self, ratio=0.2, data_format="channels_last", **kwargs):
         super().__init__(**kwargs)
-        if not 0 < ratio <= 1:
+        if not (_is_number(ratio) and 0 < ratio <= 1):
             raise ValueError(f"Kwta's ratio is a fraction in (0, 1]; received {ratio!r}.")
         if data_format not in ("channels_last", "channels_first"):
             raise ValueError(
                 f"data_format is 'channels_last' or 'channels_first'; received {data_format!r}."
             )
         self.initial_ratio = float(ratio)
-        self.conv = conv
         self.data_format = data_format
         self.supports_masking = True
 
@@ -296,11 +382,14 @@ class Kwta(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(_without_conv(config))
+
     def get_config(self):
         return {
             **super().get_config(),
             "ratio": self.initial_ratio,
-            "conv": self.conv,
             "data_format": self.data_format,
         }
 
@@ -340,6 +429,9 @@ ACTIVATIONS = {
     "kaf_elu": lambda: Kaf(ridge="elu"),
     "kaf_swish": lambda: Kaf(ridge="swish"),
     "kaf_free": lambda: Kaf(moving=True),
+    "kaf_on_relu": lambda: Kaf(base="relu"),
+    "kaf_on_elu": lambda: Kaf(base="elu"),
+    "kaf_on_swish": lambda: Kaf(base="swish"),
     "kwta": lambda: Kwta(),
 }
 
@@ -353,3 +445,124 @@ def activation(name):
     if name not in ACTIVATIONS:
         raise ValueError(f"Unknown activation {name!r}. Choose one of: {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]()
+
+
+# Layers whose `activation` is the last thing they do
+ENDING_IN_ACTIVATION = (
+    *(keras.layers.Dense, keras.layers.EinsumDense),
+    *(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D),
+    *(keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose),
+    *(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D),
+    *(keras.layers.SeparableConv1D, keras.layers.SeparableConv2D),
+)
+
+
+def replace_activations(
+    model: keras.Model,
+    to: str | Callable[[Callable], keras.layers.Layer],
+    exchanged: Sequence[str | Callable] = ("relu", "elu", "swish", "gelu"),
+) -> keras.Model:
+    """A copy of `model`, weights included, with its activations exchanged.
+
+    Layers that are an activation (Activation, ReLU, ELU) are exchanged, and so is the `activation`
+    of dense and convolutional layers, which becomes a layer behind them; in nested models too.
+    Activations inside recurrent, attention and wrapping layers stay.
+
+        replace_activations(model, lambda function: Kaf(base=function))
+
+    computes what `model` does until it is trained; `Kaf(ridge=function)` does so within its
+    dictionary only.
+
+    Args:
+        model: functional or built Sequential, channels last.
+        to: a name that `activation` knows, or a function that takes the activation exchanged (a
+            function) and returns a new layer.
+        exchanged: Keras activations, by name or themselves.
+
+    Raises:
+        ValueError: where there is nothing to exchange, or `model` is of another kind.
+    """
+    make = (lambda function: activation(to)) if isinstance(to, str) else to
+    exchange = _Exchange(make, [keras.activations.get(name) for name in exchanged])
+    result = exchange.copy_of_model(model)
+    if not exchange.count:
+        raise ValueError(
+            f"{model.name!r} has none of the activations {', '.join(map(str, exchanged))}, as "
+            "layers or as arguments of dense and convolutional layers; `exchanged` names others."
+        )
+    return result
+
+
+class _Exchange:
+    """Copies layers and models, with layers that `make` returns for the activation `functions`."""
+
+    def __init__(self, make, functions):
+        self.make, self.functions, self.count = make, functions, 0
+
+    def copy_of_model(self, model):
+        copies_of = functools.cache(self._copies)
+        followers = {}
+
+        def first_copy(layer):
+            first, *followers[id(first)] = copies_of(layer)
+            return first
+
+        def call(first, *args, **kwargs):
+            outputs = first(*args, **kwargs)
+            for follower in followers[id(first)]:
+                outputs = follower(outputs)
+            return outputs
+
+        if isinstance(model, keras.Sequential) and model.built:
+            x = keras.Input(batch_shape=model.inputs[0].shape, dtype=model.inputs[0].dtype)
+            layers = [copy for layer in model.layers for copy in copies_of(layer)]
+            result = keras.Sequential([x, *layers], name=model.name, trainable=model.trainable)
+            if model.compiled:
+                result.compile_from_config(model.get_compile_config())
+        elif not isinstance(model, keras.Sequential) and getattr(model, "outputs", None):
+            result = keras.models.clone_model(model, clone_function=first_copy, call_function=call)
+        else:
+            raise ValueError(
+                "replace_activations sees the layers of functional and of built Sequential models; "
+                f"received {model!r}. A Sequential is built by an Input or by its first call."
+            )
+        for layer in model.layers:
+            first = copies_of(layer)[0]
+            if type(first) is type(layer) and not isinstance(layer, keras.Model):
+                first.set_weights(layer.get_weights())
+                if hasattr(first, "finalize_state"):  # Normalization computes with a copy
+                    first.finalize_state()
+        return result
+
+    def _copies(self, layer):
+        """What takes the place of a layer: its copy, a new activation, or both in turn."""
+        if isinstance(layer, keras.Model):
+            return [self.copy_of_model(layer)]
+        function = _last_activation(layer)
+        if function not in self.functions:
+            return [type(layer).from_config(layer.get_config())]
+        self.count += 1
+        new = self.make(function)
+        if not isinstance(new, keras.layers.Layer):
+            raise ValueError(
+                f"replace_activations needs a function that returns a Keras layer; got {new!r}."
+            )
+        new.dtype_policy, new.trainable = layer.dtype_policy, layer.trainable
+        if not isinstance(layer, ENDING_IN_ACTIVATION):
+            new.name = layer.name
+            return [new]
+        new.name = f"{layer.name}_activation"
+        return [type(layer).from_config({**layer.get_config(), "activation": "linear"}), new]
+
+
+def _last_activation(layer):
+    """The activation function that a layer is or ends in; None for other layers."""
+    if isinstance(layer, (keras.layers.Activation, *ENDING_IN_ACTIVATION)):
+        return layer.activation
+    config = layer.get_config()
+    if type(layer) is keras.layers.ELU and config["alpha"] == 1:
+        return keras.activations.elu
+    bends = [config.get(name) for name in ("max_value", "negative_slope", "threshold")]
+    if type(layer) is keras.layers.ReLU and not any(bends[1:]):
+        return {None: keras.activations.relu, 6: keras.activations.relu6}.get(bends[0])
+    return None

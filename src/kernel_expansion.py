@@ -93,7 +93,12 @@ def ridge_coefficients(target, dictionary, gamma, kernel="gaussian", epsilon=RID
     return np.linalg.solve(matrix + epsilon * np.eye(len(d)), t)
 
 
-def gaussian_expansion(x, alpha, *, boundary, gamma):
+def plus(base, x, y):
+    """base(x) + y; y where there is no base."""
+    return y if base is None else base(x) + y
+
+
+def gaussian_expansion(x, alpha, *, boundary, gamma, base=None):
     """sum_i alpha_i exp(-gamma (x - d_i)^2) over the equally spaced dictionary on [-b, b].
 
     Under TensorFlow and in float32: two exponentials and two short polynomials instead of D
@@ -105,26 +110,28 @@ def gaussian_expansion(x, alpha, *, boundary, gamma):
 
     Args:
         x: (..., C). alpha: (D, C). boundary, gamma: positive numbers, the same for all channels.
+        base: elementwise function to be added, in the same compiled loops; None: nothing.
 
     Returns:
         (..., C)
     """
     D = alpha.shape[0]
     if not _has_fast_path(x):
-        return plain_expansion(x, alpha, _constant_dictionary(D, boundary, x.dtype), gamma)
+        d = _constant_dictionary(D, boundary, x.dtype)
+        return plus(base, x, plain_expansion(x, alpha, d, gamma))
     step = 2 * boundary / (D - 1)
-    expansion = _equally_spaced_expansion(D, x.shape[-1], float(step), float(gamma))
+    expansion = _equally_spaced_expansion(D, x.shape[-1], float(step), float(gamma), base)
     return _on_rows(expansion, x, alpha)
 
 
-def moving_gaussian_expansion(x, alpha, dictionary, gamma):
+def moving_gaussian_expansion(x, alpha, dictionary, gamma, base=None):
     """The same with a dictionary (D, C) and a bandwidth gamma (C,) that are trained as well.
 
     Its points are not equally spaced, so the D exponentials stay, but none of them is stored.
     """
     if not _has_fast_path(x):
-        return plain_expansion(x, alpha, dictionary, gamma)
-    expansion = _moving_expansion(alpha.shape[0], x.shape[-1])
+        return plus(base, x, plain_expansion(x, alpha, dictionary, gamma))
+    expansion = _moving_expansion(alpha.shape[0], x.shape[-1], base)
     return _on_rows(expansion, x, alpha, dictionary, gamma)
 
 
@@ -306,7 +313,7 @@ def _sum_over_rows(terms, count, channels, *rows):
 
 
 @functools.cache
-def _equally_spaced_expansion(D, channels, step, gamma):
+def _equally_spaced_expansion(D, channels, step, gamma, base):
     """x (N, C), alpha (D, C) -> (N, C), with gradients of its own."""
     g = gamma * step**2
     runs = _runs(D, g)
@@ -319,7 +326,7 @@ def _equally_spaced_expansion(D, channels, step, gamma):
         for centre, points in runs:
             _, s, s_inverse, bell = _power_factors(x, centre, step, g)
             total += bell * _sum_of_powers([scaled[i] for i in points], s, s_inverse)
-        return total
+        return plus(base, x, total)
 
     @compiled
     def derivative(x, scaled, scaled_offsets, upstream):
@@ -329,7 +336,8 @@ def _equally_spaced_expansion(D, channels, step, gamma):
             v, s, s_inverse, bell = _power_factors(x, centre, step, g)
             first = _sum_of_powers([scaled_offsets[i] for i in points], s, s_inverse)
             total += bell * (first - v * _sum_of_powers([scaled[i] for i in points], s, s_inverse))
-        return upstream * total * np.float32(2 * g / step)
+        total = upstream * total * np.float32(2 * g / step)
+        return total if base is None else total + _gradient(base(x), x, upstream)
 
     @compiled
     def sums_of_kernels(x, upstream):
@@ -345,12 +353,12 @@ def _equally_spaced_expansion(D, channels, step, gamma):
 
     def plain(x, alpha):
         d = _constant_dictionary(D, step * (D - 1) / 2, "float32")
-        return plain_expansion(x, alpha, d, gamma)
+        return plus(base, x, plain_expansion(x, alpha, d, gamma))
 
     @tf.custom_gradient
     def expansion(x, alpha):
         def gradient(upstream):
-            return gradient_in_x(x, alpha, upstream), gradient_in_alpha(x, upstream)
+            return gradient_in_x(x, alpha, upstream), gradient_in_alpha(x, alpha, upstream)
 
         return value(x, alpha * constants), gradient
 
@@ -358,21 +366,18 @@ def _equally_spaced_expansion(D, channels, step, gamma):
     def gradient_in_x(x, alpha, upstream):
         scaled = alpha * constants
         result = derivative(x, scaled, scaled * offsets, upstream)
-        return result, _plain_gradient_of_gradient(plain, x, alpha, upstream)
+        return result, _gradient_of_gradient(plain, [0], x, alpha, upstream)
 
     @tf.custom_gradient
-    def gradient_in_alpha(x, upstream):
-        # linear in the upstream gradient: its own gradient is an expansion again
-        def gradient(weights):
-            return gradient_in_x(x, weights, upstream), expansion(x, weights)
-
-        return constants * sums_of_kernels(x, upstream), gradient
+    def gradient_in_alpha(x, alpha, upstream):
+        result = constants * sums_of_kernels(x, upstream)
+        return result, _gradient_of_gradient(plain, [1], x, alpha, upstream)
 
     return expansion
 
 
 @functools.cache
-def _moving_expansion(D, channels):
+def _moving_expansion(D, channels, base):
     """x (N, C), alpha (D, C), dictionary (D, C), gamma (C,) -> (N, C), gradients of its own."""
     compiled = _compiled(channels)
     log2e = np.float32(math.log2(math.e))
@@ -389,13 +394,17 @@ def _moving_expansion(D, channels):
     @compiled
     def value(x, alpha, dictionary, gamma):
         kappas = kernels(x, dictionary, gamma)
-        return sum(alpha[i] * kappa for i, (kappa, _) in enumerate(kappas))
+        return plus(base, x, sum(alpha[i] * kappa for i, (kappa, _) in enumerate(kappas)))
 
     @compiled
     def derivative(x, alpha, dictionary, gamma, upstream):
         kappas = kernels(x, dictionary, gamma)
         total = sum(alpha[i] * (kappa * diff) for i, (kappa, diff) in enumerate(kappas))
         return -2.0 * gamma * upstream * total
+
+    @compiled
+    def plus_gradient_of_base(in_x, x, upstream):
+        return in_x + _gradient(base(x), x, upstream)
 
     @compiled
     def sums_of_kernels(x, dictionary, gamma, upstream):
@@ -412,38 +421,37 @@ def _moving_expansion(D, channels):
 
         return _sum_over_rows(terms, 2 * D, channels, x, upstream)
 
+    def plain(x, alpha, dictionary, gamma):
+        return plus(base, x, plain_expansion(x, alpha, dictionary, gamma))
+
     @tf.custom_gradient
     def expansion(x, alpha, dictionary, gamma):
         def gradient(upstream):
-            in_x = gradient_in_x(x, alpha, dictionary, gamma, upstream)
-            return in_x, *gradient_in_parameters(x, alpha, dictionary, gamma, upstream, in_x)
+            arguments = (x, alpha, dictionary, gamma, upstream)
+            of_kernels = derivative(*arguments)
+            in_parameters = gradient_in_parameters(*arguments, of_kernels)
+            return gradient_in_x(*arguments, of_kernels), *in_parameters
 
         return value(x, alpha, dictionary, gamma), gradient
 
     @tf.custom_gradient
-    def gradient_in_x(x, alpha, dictionary, gamma, upstream):
-        result = derivative(x, alpha, dictionary, gamma, upstream)
-        return result, _plain_gradient_of_gradient(
-            plain_expansion, x, alpha, dictionary, gamma, upstream
-        )
+    def gradient_in_x(x, alpha, dictionary, gamma, upstream, of_kernels):
+        result = of_kernels if base is None else plus_gradient_of_base(of_kernels, x, upstream)
+        second = _gradient_of_gradient(plain, [0], x, alpha, dictionary, gamma, upstream)
+        return tf.identity(result), lambda weights: [*second(weights), None]
 
     @tf.custom_gradient
-    def gradient_in_parameters(x, alpha, dictionary, gamma, upstream, in_x):
+    def gradient_in_parameters(x, alpha, dictionary, gamma, upstream, of_kernels):
         # in alpha: sum kappa_i; in d_i: 2 gamma alpha_i sum kappa_i (x - d_i);
         # in gamma: -sum_i alpha_i sum kappa_i (x - d_i)^2, of which one factor x - d_i is split:
-        # x goes with the derivative in x, d_i with the sums just computed.
+        # x goes with the kernels' part of the derivative in x, d_i with the sums just computed.
         zeroth, first = tf.split(sums_of_kernels(x, dictionary, gamma, upstream), 2)
         finite = tf.clip_by_value(x, -1e15, 1e15)
-        in_gamma = tf.reduce_sum(in_x * finite, axis=0) / (2 * gamma)
+        in_gamma = tf.reduce_sum(of_kernels * finite, axis=0) / (2 * gamma)
         in_gamma += tf.reduce_sum(alpha * dictionary * first, axis=0)
-
-        def refuse(*_):
-            raise NotImplementedError(
-                "Second derivatives through the parameters of a moving KAF are not implemented; "
-                "use plain_expansion, whose gradients TensorFlow derives."
-            )
-
-        return (zeroth, 2 * gamma * alpha * first, in_gamma), refuse
+        second = _gradient_of_gradient(plain, [1, 2, 3], x, alpha, dictionary, gamma, upstream)
+        results = zeroth, 2 * gamma * alpha * first, in_gamma
+        return results, lambda *weights: [*second(*weights), None]
 
     return expansion
 
@@ -470,18 +478,18 @@ def _compile(function, *, channels):
     return call
 
 
-def _plain_gradient_of_gradient(plain, x, *parameters_and_upstream):
-    """Gradient of upstream * d plain / dx in all of its arguments, by the plain formula."""
-    *parameters, upstream = parameters_and_upstream
+def _gradient(y, x, upstream):
+    return tf.gradients(y, x, upstream, unconnected_gradients="zero")[0]
 
-    def gradient(weights):
-        arguments = [x, *parameters, upstream]
-        with tf.GradientTape() as outer:
-            outer.watch(arguments)
-            with tf.GradientTape() as inner:
-                inner.watch(x)
-                y = plain(x, *parameters)
-            in_x = inner.gradient(y, x, output_gradients=upstream)
-        return outer.gradient(in_x, arguments, output_gradients=weights)
 
-    return gradient
+def _gradient_of_gradient(plain, of, *arguments_and_upstream):
+    """Gradient, in all arguments, of the gradients of plain(*arguments) in those numbered `of`."""
+    return functools.partial(_by_plain_formula, plain, of, arguments_and_upstream)
+
+
+# In a graph of its own: no tape and no forward accumulator need be looking on.
+@functools.partial(tf.function, autograph=False, reduce_retracing=True)
+def _by_plain_formula(plain, of, arguments_and_upstream, *weights):
+    *arguments, upstream = arguments_and_upstream
+    first = tf.gradients(plain(*arguments), [arguments[i] for i in of], upstream)
+    return tf.gradients(first, arguments_and_upstream, weights, unconnected_gradients="zero")

@@ -192,6 +192,11 @@ def plain(x, alpha):
     return plain_expansion(x, alpha, tf.constant(DICTIONARY, x.dtype), GAMMA)
 
 
+def plain_plus(x, alpha, dictionary, gamma, base):
+    y = plain_expansion(*map(tf.convert_to_tensor, (x, alpha, dictionary)), gamma)
+    return y if base is None else y + base(tf.convert_to_tensor(x))
+
+
 def moving_arguments(channels=4):
     """alpha, dictionary, gamma of a moving KAF."""
     dictionary = DICTIONARY[:, None] + 0.3 * normal(D, channels, seed=4)
@@ -369,6 +374,50 @@ def run_python(script):
     assert done.returncode == 0, done.stderr
 
 
+# --- base
+
+BASES = ["relu", "elu", "swish", "gelu", "tanh", "linear"]
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("moving", [False, True], ids=["fixed", "moving"])
+def test_a_base_adds_itself_and_its_gradient(name, moving):
+    base = activations.get(name)
+    far = np.array([-1e6, -50, -4, 4, 50, 1e6] * 2, "float32").reshape(-1, 4)
+    x = np.concatenate([2 * normal(60, 4), far])
+    upstream, arguments = normal(*x.shape, seed=2), moving_arguments()
+
+    def function(x, alpha, *others):
+        if moving:
+            return moving_gaussian_expansion(x, alpha, *others, base)
+        return gaussian_expansion(x, alpha, boundary=3.0, gamma=GAMMA, base=base)
+
+    arguments = arguments if moving else arguments[:1]
+    results = value_and_gradients(function, x, *arguments, upstream=upstream)
+    exact = [a.astype("float64") for a in (x, *arguments)]
+    others = [] if moving else [DICTIONARY, GAMMA]
+    expected = value_and_gradients(
+        lambda *a: plain_plus(*a, *others, base=base), *exact, upstream=upstream
+    )
+    for a, b in zip(results, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("moving", [False, True], ids=["fixed", "moving"])
+def test_with_coefficients_of_0_it_is_the_base_wherever_the_input_lies(name, moving):
+    base = activations.get(name)
+    sizes = [0, 1e-30, 1e-3, 0.5, 3, 20, 1e3, 1e6, 3e38, np.inf]
+    x = np.array([sign * size for size in sizes for sign in (1, -1)] + [np.nan], "float32")[:, None]
+    alpha, dictionary, gamma = moving_arguments(1)
+    if moving:
+        y = moving_gaussian_expansion(x, 0 * alpha, dictionary, gamma, base)
+    else:
+        y = gaussian_expansion(tf.constant(x), 0 * alpha, boundary=3.0, gamma=GAMMA, base=base)
+    # compiled, exp and tanh are other approximations than outside
+    np.testing.assert_allclose(y, base(tf.constant(x)), rtol=2e-5, atol=1e-29)
+
+
 # --- higher orders
 
 
@@ -392,34 +441,60 @@ def gradients_of_gradients(function, x, *parameters, dtype, of):
 
 @pytest.mark.parametrize("of", [[0], [1], [0, 1]], ids=["of_dx", "of_dalpha", "of_both"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_second_order_gradients_of_the_fixed_dictionary_are_right(of, graph):
+@pytest.mark.parametrize("base", [None, activations.tanh], ids=["no_base", "base"])
+def test_second_order_gradients_of_the_fixed_dictionary_are_right(of, graph, base):
     x, alpha = 2 * normal(10, 4), normal(D, 4, seed=1)
 
     def second():
-        return gradients_of_gradients(fast, x, alpha, dtype="float32", of=of)
+        return gradients_of_gradients(
+            lambda *a: gaussian_expansion(*a, boundary=3.0, gamma=GAMMA, base=base),
+            *(x, alpha),
+            dtype="float32",
+            of=of,
+        )
 
-    expected = gradients_of_gradients(plain, x, alpha, dtype="float64", of=of)
+    expected = gradients_of_gradients(
+        lambda *a: plain_plus(*a, DICTIONARY, GAMMA, base), x, alpha, dtype="float64", of=of
+    )
     assert sum(np.abs(e).max() > 0.1 for e in expected) >= 2
     for a, b in zip(tf.function(second)() if graph else second(), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_second_derivatives_of_a_moving_dictionary_are_right_in_x_and_refused_elsewhere():
+@pytest.mark.parametrize("of", [0, 1, 2, 3])
+@pytest.mark.parametrize("base", [None, activations.tanh], ids=["no_base", "base"])
+def test_second_order_gradients_of_a_moving_dictionary_are_right(of, base):
     x, parameters = 2 * normal(10, 4), moving_arguments()
     results, expected = (
-        gradients_of_gradients(function, x, *parameters, dtype=dtype, of=[0])
-        for function, dtype in [
-            (moving_gaussian_expansion, "float32"),
-            (plain_expansion, "float64"),
-        ]
+        gradients_of_gradients(
+            lambda *a, function=function: function(*a, base), x, *parameters, dtype=dtype, of=[of]
+        )
+        for function, dtype in [(moving_gaussian_expansion, "float32"), (plain_plus, "float64")]
     )
     for a, b in zip(results, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
-    for i in (1, 2, 3):
-        with pytest.raises(NotImplementedError, match="use plain_expansion"):
-            gradients_of_gradients(
-                moving_gaussian_expansion, x, *parameters, dtype="float32", of=[i]
-            )
+
+
+@pytest.mark.parametrize("moving", [False, True], ids=["fixed", "moving"])
+@pytest.mark.parametrize("base", [None, activations.swish], ids=["no_base", "base"])
+def test_forward_mode_gives_the_change_along_a_direction(moving, base):
+    x, parameters = 2 * normal(10, 4), moving_arguments()[: 3 if moving else 1]
+    arguments = [a.astype("float32") for a in (x, *parameters)]
+    directions = [normal(*a.shape, seed=20 + i) for i, a in enumerate(arguments)]
+
+    def function(*arguments):
+        if moving:
+            return moving_gaussian_expansion(*arguments, base)
+        return gaussian_expansion(*arguments, boundary=3.0, gamma=GAMMA, base=base)
+
+    primals, tangents = (list(map(tf.constant, group)) for group in (arguments, directions))
+    with tf.autodiff.ForwardAccumulator(primals, tangents) as forward:
+        y = function(*primals)
+    ends = []
+    for h in (1e-6, -1e-6):
+        moved = [a.astype("float64") + h * d for a, d in zip(arguments, directions, strict=True)]
+        ends.append(plain_plus(*moved, *(() if moving else (DICTIONARY, GAMMA)), base=base))
+    np.testing.assert_allclose(forward.jvp(y), (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-4)
 
 
 # --- moving dictionary

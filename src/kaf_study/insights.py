@@ -212,6 +212,27 @@ def histograms(model, x, *, limit=6.0, bins=96, channel_means=False, training=Fa
     return counts / sizes
 
 
+def outside_dictionary(model: keras.Model, x: np.ndarray, *, batch_size: int = 50) -> pd.Series:
+    """Share of each Kaf's pre-activations that lie outside its dictionary, in inference mode.
+
+    There a Kaf with the Gaussian kernel falls to 0, or to its base.
+
+    Args:
+        x: images (N, H, W, C).
+
+    Returns:
+        Series of shares in [0, 1], indexed by the names of the Kaf layers, first to last.
+    """
+    values, layers = _values(model), activation_layers(model)
+    shares = {layer.name: 0.0 for layer in layers if isinstance(layer, Kaf)}
+    for first in range(0, len(x), batch_size):
+        batch = x[first : first + batch_size]
+        for layer, z in zip(layers, values(tf.constant(batch))[0], strict=True):
+            if isinstance(layer, Kaf):
+                shares[layer.name] += layer.share_outside(z) * len(batch) / len(x)
+    return pd.Series(shares, name="outside", dtype="float64")
+
+
 # --------------------------------------------------------------------------- gradients: prediction
 
 
