@@ -10,7 +10,7 @@ same network in PyTorch (an environment with torch and pyautoattack, the authors
 the members of standard AutoAttack, each on what the ones before left standing; `ours` does the same
 here. Both write FILE.theirs.npz or FILE.ours.npz: by which member each image fell, and seconds.
 With `--fab-norms TARGETS`, FAB-T runs alone instead, on all images that are right when clean, and
-its smallest perturbation towards each of so many targets is kept. `--threads` is for both sides.
+its smallest perturbation towards each of so many targets is kept.
 """
 
 import argparse
@@ -188,40 +188,76 @@ def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
     import kaf_study  # noqa: F401
     from kaf_study.attacks.classifier import CompiledClassifier
     from kaf_study.attacks.fab import FAB
+    from kaf_study.attacks.registry import AttackSettings
 
     kept = np.load(file)
     model = keras.saving.load_model(Path(str(kept["folder"])) / "model.keras", compile=False)
     classifier = CompiledClassifier(model, 10, (32, 32, 3))
     x, y = kept["x"][:n], kept["y"][:n].astype("int64")
     right = kept["logits"][:n].argmax(axis=1) == y
-    index = np.flatnonzero(right)
-    norms = []
+    settings = dict(zip(MEMBERS, AttackSettings("autoattack", EPSILON).members, strict=True))
+
+    def run(attack, index, restart):
+        return attack.run(x[index], y[index], index, restart, seed=0, batch_size=batch_size)
+
+    def attack(name, index):
+        made, fell = settings[name].made_for(classifier), np.zeros(len(index), bool)
+        for restart in range(1, settings[name].restarts + 1):
+            fell[~fell] = run(made, index[~fell], restart).fell
+        return fell
+
+    if not fab_targets:
+        Members(file.with_suffix(".ours.npz"), n).run(names, right, attack)
+        return
 
     class Recording(FAB):
+        """Keeps the smallest perturbations before the final search, which theirs has not."""
+
         def propose(self, state, found, iteration):
             super().propose(state, found, iteration)
             if iteration == self.iterations:
                 norms[-1].append(state["best_norm"])
 
+    index, norms = np.flatnonzero(right), []
     began = time.monotonic()
     for target in range(fab_targets):
         norms.append([])
-        attack = Recording(classifier, epsilon=0.0, steps=100)
-        attack.run(x[index], y[index], index, target + 1, seed=0, batch_size=batch_size)
+        run(Recording(classifier, epsilon=0.0, steps=100), index, target + 1)
         together = np.array([np.concatenate(one) for one in norms])
         seconds = time.monotonic() - began
         np.savez(file.with_suffix(".ours.npz"), norms=together, index=index, seconds=seconds)
 
 
+def compare(file: Path) -> None:
+    ours, theirs = (np.load(file.with_suffix(f".{side}.npz")) for side in ("ours", "theirs"))
+    ratios = np.atleast_1d(ours["seconds"] / theirs["seconds"]).round(2)
+    print(f"seconds, ours / theirs: {ratios}")
+    if "felled_by" in ours:
+        a, b = ours["felled_by"], theirs["felled_by"]
+        print(f"{len(a)} images, the same verdict on {((a == '') == (b == '')).sum()}")
+        for i in np.flatnonzero((a == "") != (b == "")):
+            print(f"image {i}: {a[i] or 'stands'} here, {b[i] or 'stands'} there")
+        return
+    index, a, b = ours["index"], ours["norms"], theirs["norms"]
+    both, either = np.isfinite(a) & np.isfinite(b), np.isfinite(a) | np.isfinite(b)
+    print(f"perturbations found by both {both.sum()}, by one side {(either & ~both).sum()}")
+    print("ours / theirs, quantiles 0, 5, 50, 95, 100 %:")
+    print(np.quantile(a[both] / b[both], (0, 0.05, 0.5, 0.95, 1)).round(4))
+    differ = (a <= EPSILON) != (b <= EPSILON)
+    print(f"within epsilon on one side only: {differ.sum()} of {differ.size}")
+    for t, i in np.argwhere(differ):
+        print(f"target {t + 1}, image {index[i]}: {a[t, i] * 255:.3f}, {b[t, i] * 255:.3f} / 255")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("export", "theirs", "ours"))
+    parser.add_argument("what", choices=("export", "theirs", "ours", "compare"))
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--members", nargs="+", default=MEMBERS, choices=MEMBERS)
     parser.add_argument("--fab-norms", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
     given = parser.parse_args()
     match given.what:
         case "export":
@@ -237,6 +273,8 @@ def main() -> None:
             )
         case "ours":
             ours(*given.paths, given.n, given.members, given.fab_norms, given.batch_size)
+        case "compare":
+            compare(*given.paths)
 
 
 if __name__ == "__main__":

@@ -64,13 +64,13 @@ def test_begins_with_vertical_stripes(data, weights):
 
 def test_points_differ_from_the_best_in_one_square_of_one_sign_a_channel(data, weights):
     """The best stays the clean image, so that the whole square shows; it can touch every edge."""
-    steps = 400
+    steps = 1000
     attack = Square(classifier(weights), epsilon=EPSILON / 2, steps=steps)
     y = np.zeros(N, int)
     state = attack.begin(data, y, np.arange(N), 1, 0)
     state["best_margin"][:] = -1.0
     touched, signs = np.zeros(SHAPE[:2], int), []
-    for query in range(200, 300):
+    for query in range(45, 56):  # sides of 3 and then of 2
         attack.propose(state, {"margin": np.zeros(N, "float32")}, query)
         delta = state["x_adv"] - data
         side = square_side(query, steps, *SHAPE[:2])
@@ -85,7 +85,7 @@ def test_points_differ_from_the_best_in_one_square_of_one_sign_a_channel(data, w
             signs.append(np.sign(square[0, 0]))
         touched += (delta != 0).any(axis=-1).sum(axis=0)
     assert touched.min() > 0
-    assert np.abs(np.mean(signs, axis=0)).max() < 0.1
+    assert np.abs(np.mean(signs, axis=0)).max() < 0.2
 
 
 def test_a_square_turns_the_best_over_where_the_signs_differ(data, weights):

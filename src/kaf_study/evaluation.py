@@ -18,10 +18,11 @@ Two label protocols, never to be confused (`--labels`):
   high, and every key of the summary that holds it ends in `_predicted_labels`. (The published
   evaluation, ART 1.3.3, kept the best whole run of its restarts; this is per image, as ART is now.)
 
-Attacks (`kaf_study.attacks.registry`): `pgd` unless told otherwise; `suite` runs several, each on
-what the ones before left standing, and an image is robust if it stands under all of them: the worst
-case per image, never above the figure of any of its members. It is not the standard AutoAttack
-(Croce & Hein 2020), which has FAB where this has PGD, and 5,000 queries of Square.
+Attacks (`kaf_study.attacks.registry`): `pgd` unless told otherwise. Three run several, each on what
+the ones before left standing, and an image is robust if it stands under all of them, the worst case
+per image: `autoattack`, the standard version (Croce & Hein 2020); `rapid`, which comes near its
+verdict at a fraction of its cost and is not it; `suite`, of earlier results, which has PGD where
+AutoAttack has FAB, and 1,000 queries of Square where it has 5,000.
 
 A result is two files, `NAME.json` and `NAME.csv` (`kaf_study.records`). NAME is
 `ATTACK-STEPS-RESTARTS-LABELS`, e.g. `pgd-50-10-true` or `suite-true`, followed by whatever is not

@@ -15,6 +15,7 @@ at its r-th likeliest other class.
 import numpy as np
 
 from kaf_study.attacks.apgd import likeliest_other, logit_difference
+from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.loop import BatchAttack, per_image
 
 # The paper's settings for L-inf, which AutoAttack has as well
@@ -24,7 +25,7 @@ BETA = 0.9  # what is left of a misclassified iterate's perturbation after the b
 SEARCH_STEPS = 3  # of the final search
 
 
-def to_hyperplane(x, normal, value):
+def to_hyperplane(x: np.ndarray, normal: np.ndarray, value: np.ndarray) -> np.ndarray:
     """The smallest change, in L-inf, that brings x onto a hyperplane without leaving [0, 1].
 
     The paper's projection, solved exactly: every pixel moves by lambda in its helpful direction,
@@ -62,7 +63,7 @@ class FAB(BatchAttack):
     judged, is then the clean image.
     """
 
-    def __init__(self, classifier, *, epsilon, steps):
+    def __init__(self, classifier: CompiledClassifier, *, epsilon: float, steps: int):
         super().__init__(classifier, epsilon=epsilon, steps=steps + SEARCH_STEPS)
         self.iterations = steps
         self._loss_and_gradient = classifier.differentiable(logit_difference)

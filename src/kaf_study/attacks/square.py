@@ -11,6 +11,7 @@ image there depends on the others. Here each image draws its own, named by (seed
 
 import numpy as np
 
+from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.loop import BatchAttack, per_image, project
 
 INITIAL_FRACTION = 0.8  # p: fraction of the pixels that the first squares cover
@@ -34,7 +35,14 @@ class Square(BatchAttack):
             (arXiv 2003.01690) makes 5,000 of 10,000.
     """
 
-    def __init__(self, classifier, *, epsilon: float, steps: int, scheduled: int | None = None):
+    def __init__(
+        self,
+        classifier: CompiledClassifier,
+        *,
+        epsilon: float,
+        steps: int,
+        scheduled: int | None = None,
+    ):
         super().__init__(classifier, epsilon=epsilon, steps=steps)
         self.scheduled = scheduled or steps
 
