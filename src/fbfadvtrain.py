@@ -79,9 +79,6 @@ class FastBetterFreeTrainedModel(keras.Model):
         eps: L-infinity radius of the perturbation.
         alpha: length of the gradient step; 1.25 eps in the paper.
         seed: of the random starts; None draws one.
-
-    Attributes:
-        inference_model: the plain keras.Model with the same layers, to save and to attack.
     """
 
     def __init__(self, inputs, outputs, eps=8 / 255, alpha=10 / 255, seed=None, **kwargs):
@@ -136,13 +133,13 @@ class FastBetterFreeTrainedModel(keras.Model):
         self._loss_tracker.update_state(loss, sample_weight=ops.shape(x)[0])
         return self.compute_metrics(x_adv, y, logits, sample_weight)
 
-    @property
     def inference_model(self):
+        """The plain keras.Model of the same layers, to save and to attack."""
         return keras.Model(self.input, self.output, name=self.name)
 
     def get_config(self):
         return {
-            "model": keras.saving.serialize_keras_object(self.inference_model),
+            "model": keras.saving.serialize_keras_object(self.inference_model()),
             "eps": self.eps,
             "alpha": self.alpha,
             "seed": self.seed_generator.get_config()["seed"],

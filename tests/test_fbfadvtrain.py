@@ -165,7 +165,7 @@ def test_a_step_is_the_ordinary_one_on_the_perturbed_batch(weighted):
     x, y = images(6), labels(6, classes=3)
     weight = np.linspace(0.2, 3, 6).astype("float32") if weighted else np.ones(6, "float32")
     model = small_conv()
-    twin = keras.models.clone_model(model.inference_model)
+    twin = keras.models.clone_model(model.inference_model())
     twin.set_weights(model.get_weights())
     model.compile(keras.optimizers.SGD(0.1), CROSS_ENTROPY)
     reported = model.train_on_batch(x, y, sample_weight=weight if weighted else None)
@@ -211,7 +211,7 @@ def test_fit_takes_a_short_last_batch_and_counts_each_image_once():
 def test_evaluate_and_predict_see_images_as_they_are():
     model, x, y = linear(eps=0.5, alpha=0.5), images(9), labels(9)
     model.compile("sgd", CROSS_ENTROPY)
-    expected = np.asarray(model.inference_model(x))
+    expected = np.asarray(model.inference_model()(x))
     np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-5)
     assert model.evaluate(x, y, verbose=0) == pytest.approx(float(CROSS_ENTROPY(y, expected)))
 
@@ -307,8 +307,8 @@ def test_a_fresh_process_loads_the_trainer_and_goes_on(tmp_path):
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), CROSS_ENTROPY, metrics=["accuracy"])
     model.fit(x, y, batch_size=3, verbose=0)
     model.save(tmp_path / "trainer.keras")
-    assert type(model.inference_model) is type(keras.Model(model.inputs, model.outputs))
-    model.inference_model.save(tmp_path / "inference.keras")
+    assert type(model.inference_model()) is type(keras.Model(model.inputs, model.outputs))
+    model.inference_model().save(tmp_path / "inference.keras")
     np.save(tmp_path / "logits.npy", model.predict(x, verbose=0))
     np.save(tmp_path / "x.npy", x)
     result = run_python(f"""
