@@ -4,7 +4,8 @@ Wong, Rice & Kolter 2020, "Fast is better than free: revisiting adversarial trai
 2001.03994). `FastBetterFreeTrainedModel` is a keras.Model that trains this way, `RobustnessProbe`
 the callback that watches for its known failure, catastrophic overfitting.
 
-Images are in [0, 1] everywhere; epsilon and alpha are in the same units.
+Attacks have images in [0, 1], epsilon and alpha in the same units; the model and the probe scale
+those of another `pixel_range`.
 """
 
 import keras
@@ -20,6 +21,11 @@ if keras.backend.backend() == "tensorflow":
 # below the smallest number. A power of two changes no sign and, in float32, no digit.
 GRADIENT_SCALE = 2.0**10
 
+# How far images may leave their range, as a fraction of it, before it is taken for another one.
+# Interpolation leaves it a little.
+PIXEL_SLACK = 0.05
+NOTHING_SEEN = (np.inf, -np.inf)  # darkest and brightest pixel of no image
+
 
 def input_gradient(model, loss_fn, x, y, *, training):
     """GRADIENT_SCALE times the gradient of the loss in the images; (B, H, W, C) like x.
@@ -30,6 +36,45 @@ def input_gradient(model, loss_fn, x, y, *, training):
         tape.watch(x)
         loss = GRADIENT_SCALE * loss_fn(y, model(x, training=training))
     return tape.gradient(loss, x)
+
+
+def uniform_noise(x, radius, seed_generator):
+    """Uniform in [-radius, radius], shaped like x; a fresh draw every call, also in a graph.
+
+    Each replica of a tf.distribute.Strategy takes its rows of one draw for the global batch, so
+    that the noise does not depend on their number.
+    """
+    replica, shape = tf.distribute.get_replica_context(), ops.shape(x)
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return keras.random.uniform(shape, -radius, radius, seed=seed_generator)
+    sizes = replica.all_gather(tf.shape(x)[:1], axis=0)  # (replicas,)
+    noise = keras.random.uniform((ops.sum(sizes), *shape[1:]), -radius, radius, seed=seed_generator)
+    first = ops.sum(sizes[: replica.replica_id_in_sync_group])
+    return noise[first : first + shape[0]]
+
+
+def sum_over_replicas(value):
+    """The value itself where there is one replica."""
+    replica = tf.distribute.get_replica_context()
+    return value if replica.num_replicas_in_sync == 1 else replica.all_reduce("SUM", value)
+
+
+def with_stand_in(rows):
+    """The rows; where a replica has none of a short batch, the first one of the others.
+
+    On no image batch norm gives NaN, and gradients of oneDNN's convolutions have a wrong shape.
+    """
+    replica = tf.distribute.get_replica_context()
+    if replica.num_replicas_in_sync == 1:
+        return rows
+    first = replica.all_gather(rows[:1], axis=0)[:1]
+    return tf.cond(tf.shape(rows)[0] > 0, lambda: rows, lambda: first)
+
+
+def of_unit_images(model, pixel_range):
+    """The model of images in pixel_range as a function of images in [0, 1]."""
+    low, high = pixel_range
+    return lambda x, training: model(low + (high - low) * x, training=training)
 
 
 def fgsm_random_start(model, loss_fn, x, y, *, epsilon, alpha, seed_generator):
@@ -48,7 +93,7 @@ def fgsm_random_start(model, loss_fn, x, y, *, epsilon, alpha, seed_generator):
     Returns:
         x_adv (B, H, W, C) with |x_adv - x| <= epsilon, in [0, 1].
     """
-    delta = keras.random.uniform(ops.shape(x), -epsilon, epsilon, seed=seed_generator)
+    delta = uniform_noise(x, epsilon, seed_generator)
     delta = ops.clip(x + delta, 0.0, 1.0) - x
     gradient = input_gradient(model, loss_fn, x + delta, y, training=True)
     delta = ops.clip(delta + alpha * ops.sign(gradient), -epsilon, epsilon)
@@ -63,6 +108,29 @@ class _MeanLoss(keras.losses.Loss):
         self.call = function
 
 
+class _RandomStates(keras.layers.Layer):
+    """Puts the states of a model's random generators into its files, where Keras leaves them out.
+
+    A part of its own in them, so that a plain model still loads the others.
+    """
+
+    def __init__(self, model):
+        super().__init__(name="random_states")
+        # Weights are in the files already. A function, since Keras tracks the variables in a list.
+        weights = {id(weight) for weight in model.weights}
+        self.states = lambda: [v for v in model.variables if id(v) not in weights]
+
+    def save_own_variables(self, store):
+        for index, state in enumerate(self.states()):
+            store[str(index)] = ops.convert_to_numpy(state)
+
+    def load_own_variables(self, store):
+        if not store.keys():  # the file of a plain model
+            return
+        for index, state in enumerate(self.states()):
+            state.assign(store[str(index)])
+
+
 @keras.saving.register_keras_serializable(package="robust_activations")
 class FastBetterFreeTrainedModel(keras.Model):
     """A functional Keras model whose training step is that of fast adversarial training.
@@ -70,32 +138,54 @@ class FastBetterFreeTrainedModel(keras.Model):
     Used like any keras.Model: compile, fit, evaluate, save, load. Needs the TensorFlow backend.
     `fit` reports the loss on the perturbed batch alone (regularisers are minimised but not
     reported) and metrics on the perturbed batch; `evaluate` and `predict` see images as they are.
+    `.keras` and `.weights.h5` files hold the states of all random generators, so that a resumed
+    training goes on as an uninterrupted one; Keras' legacy `.h5` does not.
 
     Batch norm is in training mode in both passes of a step and its moving statistics are updated in
     both (Wong et al. tried evaluation mode for the attack pass: 44.3 against 44.9 % robust).
 
-    Args:
-        inputs, outputs: of the model, images in [0, 1] to logits.
-        eps: L-infinity radius of the perturbation.
-        alpha: length of the gradient step; 1.25 eps in the paper.
-        seed: of the random starts; None draws one.
+    Under a tf.distribute.Strategy a step changes the weights as it does on one device, but for
+    batch norm, whose statistics are those of each replica's images unless its layers are
+    `synchronized`.
 
-    Attributes:
-        inference_model: the plain keras.Model with the same layers, to save and to attack.
+    Args:
+        inputs, outputs: of the model, images in pixel_range to logits.
+        eps: L-infinity radius of the perturbation as a fraction of pixel_range, from 0 to 1.
+        alpha: length of the gradient step, likewise; 1.25 eps in the paper.
+        seed: of the random starts; None draws one.
+        pixel_range: lowest and highest value of a pixel, to which perturbed images are clipped.
+            Training images of any number type are cast; where those of the first batch do not fit
+            pixel_range, training is refused (after its first step under jit_compile).
     """
 
-    def __init__(self, inputs, outputs, eps=8 / 255, alpha=10 / 255, seed=None, **kwargs):
+    def __init__(
+        self, inputs, outputs, eps=8 / 255, alpha=10 / 255, seed=None, pixel_range=(0, 1), **kwargs
+    ):
         if keras.backend.backend() != "tensorflow":
             raise RuntimeError(
                 "FastBetterFreeTrainedModel needs Keras' TensorFlow backend; "
                 f"this is {keras.backend.backend()}. Set KERAS_BACKEND=tensorflow."
             )
-        if eps < 0 or alpha < 0:
-            raise ValueError(f"eps and alpha must not be negative; received {eps} and {alpha}.")
+        if not (0 <= eps <= 1 and 0 <= alpha <= 1):
+            raise ValueError(
+                "eps and alpha are fractions of the pixel range, from 0 to 1; "
+                f"received {eps} and {alpha}. Give 8 of 255 grey levels as 8 / 255."
+            )
+        low, high = pixel_range
+        if not -np.inf < low < high < np.inf:
+            raise ValueError(f"pixel_range is (lowest, highest); received {pixel_range}.")
         super().__init__(inputs, outputs, **kwargs)
+        if not keras.backend.is_float_dtype(self.input.dtype):
+            raise ValueError(
+                "The attack needs the gradient in the images, so the model's Input must be of a "
+                f"float type; received {self.input.dtype}. Training images may be integers."
+            )
         self.eps = float(eps)
         self.alpha = float(alpha)
+        self.pixel_range = (float(low), float(high))
         self.seed_generator = keras.random.SeedGenerator(seed)
+        self.random_states = _RandomStates(self)
+        self.extremes = tf.Variable(NOTHING_SEEN, trainable=False)  # of the first batch
 
     def compile(self, optimizer="sgd", loss=None, *args, jit_compile=False, **kwargs):
         """As keras.Model.compile, with one loss.
@@ -110,42 +200,120 @@ class FastBetterFreeTrainedModel(keras.Model):
         loss_fn = keras.losses.get(loss)
         self.loss_fn = loss_fn if isinstance(loss_fn, keras.losses.Loss) else _MeanLoss(loss_fn)
         super().compile(optimizer, loss, *args, jit_compile=jit_compile, **kwargs)
+        # Files are loaded into an optimizer that has its variables.
+        self.optimizer.build(self.trainable_variables)
 
     def compile_from_config(self, config):
         # Keras leaves a loaded model uncompiled where `compile` is overridden.
         self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        batch_size = ops.shape(x)[0]
+        x = self._checked(ops.cast(x, self.input.dtype))
+        x_adv = self.perturbed(with_stand_in(x), with_stand_in(y))
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        share = self._share(batch_size, sample_weight)
+        with tf.GradientTape() as tape:
+            logits = self(x_adv, training=True)[:batch_size]  # without a stand-in
+            loss = share * self.loss_fn(y, logits, sample_weight=sample_weight)
+            penalties = [penalty / replicas for penalty in self.losses]
+            objective = self.optimizer.scale_loss(sum(penalties, start=loss))
+        gradients = tape.gradient(objective, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)  # of their sum over replicas
+        self._loss_tracker.update_state(sum_over_replicas(loss), sample_weight=batch_size)
+        return self.compute_metrics(x_adv, y, logits, sample_weight)
+
+    def perturbed(self, x, y):
+        """The batch after the attack of the training; x_adv like x, float, in pixel_range."""
+        low, high = self.pixel_range
         x_adv = fgsm_random_start(
-            self,
+            of_unit_images(self, self.pixel_range),
             self.loss_fn,
-            x,
+            (x - low) / (high - low),
             y,
             epsilon=self.eps,
             alpha=self.alpha,
             seed_generator=self.seed_generator,
         )
-        with tf.GradientTape() as tape:
-            logits = self(x_adv, training=True)
-            loss = self.loss_fn(y, logits, sample_weight=sample_weight)
-            objective = self.optimizer.scale_loss(sum(self.losses, start=loss))
-        gradients = tape.gradient(objective, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
-        self._loss_tracker.update_state(loss, sample_weight=ops.shape(x)[0])
-        return self.compute_metrics(x_adv, y, logits, sample_weight)
+        return low + (high - low) * x_adv
 
-    @property
+    def _share(self, batch_size, sample_weight):
+        """What to multiply a replica's loss by to make their sum that of the global batch."""
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if replicas == 1 or self.loss_fn.reduction == "sum":
+            return 1.0
+        count = ops.cast(batch_size, "float32")
+        if self.loss_fn.reduction == "mean_with_sample_weight" and sample_weight is not None:
+            count = ops.sum(ops.cast(sample_weight, "float32"))
+        # Keras' mean losses are divided by the number of replicas.
+        return replicas * count / sum_over_replicas(count)
+
+    def _checked(self, x):
+        """x, whose first batch must look like images in pixel_range.
+
+        In the graph: a look from outside would draw from the pipeline of the data.
+        """
+
+        def look():
+            darkest, brightest = ops.min(x), ops.max(x)
+            self.extremes.assign([darkest, brightest])
+            tf.debugging.Assert(self._is_plausible(darkest, brightest), [darkest, brightest])
+            return True
+
+        looked = tf.cond(tf.math.is_inf(self.extremes[0]), look, lambda: True)
+        with tf.control_dependencies([looked]):
+            return tf.identity(x)
+
+    def _is_plausible(self, darkest, brightest):
+        low, high = self.pixel_range
+        slack = PIXEL_SLACK * (high - low)
+        is_inside = (darkest >= low - slack) & (brightest <= high + slack)
+        # What was divided by 255 once too often uses 0.4 % of the range.
+        return is_inside & ((brightest > low + (high - low) / 100) | (brightest <= low))
+
+    def make_train_function(self, force=False):
+        """Keras' own, whose first step says in one line that images do not fit pixel_range."""
+        if self.train_function is not None and not force:
+            return
+        super().make_train_function(force)
+        step = self.train_function
+
+        def first_step(iterator):
+            self.extremes.assign(NOTHING_SEEN)
+            self.train_function = step
+            try:
+                logs = step(iterator)
+            except tf.errors.InvalidArgumentError:
+                self._refuse_implausible()
+                raise
+            self._refuse_implausible()  # XLA leaves assertions out
+            return logs
+
+        self.train_function = first_step
+
+    def _refuse_implausible(self):
+        darkest, brightest = ops.convert_to_numpy(self.extremes).tolist()
+        if self._is_plausible(darkest, brightest):
+            return
+        self.train_function = None  # the next one looks again
+        raise ValueError(
+            f"Training images must lie in pixel_range={self.pixel_range}; those of the first batch "
+            f"lie in {darkest:.4g} to {brightest:.4g}. Scale them, or give the model their "
+            "pixel_range; eps and alpha are fractions of it."
+        )
+
     def inference_model(self):
+        """The plain keras.Model of the same layers, to save and to attack."""
         return keras.Model(self.input, self.output, name=self.name)
 
     def get_config(self):
         return {
-            "model": keras.saving.serialize_keras_object(self.inference_model),
+            "model": keras.saving.serialize_keras_object(self.inference_model()),
             "eps": self.eps,
             "alpha": self.alpha,
             "seed": self.seed_generator.get_config()["seed"],
+            "pixel_range": self.pixel_range,
             "name": self.name,
         }
 
@@ -156,6 +324,10 @@ class FastBetterFreeTrainedModel(keras.Model):
             config.pop("model"), custom_objects=custom_objects
         )
         return cls(model.input, model.output, **config)
+
+
+# Keras' legacy .h5 format looks a class up by its bare name.
+keras.saving.get_custom_objects()["FastBetterFreeTrainedModel"] = FastBetterFreeTrainedModel
 
 
 def pgd(model, loss_fn, x, y, *, start, epsilon, alpha, steps):
@@ -186,7 +358,7 @@ class RobustnessProbe(keras.callbacks.Callback):
 
     Adds probe_clean, probe_fgsm and probe_pgd (fractions) to the epoch's logs; list it before the
     callbacks that read them (CSVLogger, ModelCheckpoint). Every epoch uses the same random starts.
-    For any model compiled with one loss of class labels (Sparse...).
+    For any model compiled with one loss over classes, of class numbers or of one-hot labels.
 
     Catastrophic overfitting (Wong et al., section 5.4): the model learns to answer the one-step
     attack alone. It is seen from the second epoch on, where PGD accuracy falls below half of its
@@ -197,7 +369,8 @@ class RobustnessProbe(keras.callbacks.Callback):
     The probe says so in one line, stops the training, restores the weights of the epoch before.
 
     Args:
-        x, y: validation images (N, H, W, C) in [0, 1] and true labels (N,) or (N, 1); 512 tell
+        x, y: validation images (N, H, W, C) in [0, 1] or the model's pixel_range, of any number
+            type, and true labels: class numbers (N,) or (N, 1), or one-hot (N, classes). 512 tell
             enough.
         epsilon: radius; FGSM makes one step of epsilon from the image, PGD `steps` steps of `alpha`
             from a uniform start.
@@ -217,37 +390,42 @@ class RobustnessProbe(keras.callbacks.Callback):
         history=(),
     ):
         super().__init__()
-        self.x = np.asarray(x, "float32")
-        self.y = np.asarray(y)
+        self.x, self.y = np.asarray(x), np.asarray(y)
         if self.y.shape == (len(self.x), 1):  # as keras.datasets gives them
             self.y = self.y[:, 0]
-        if self.y.shape != (len(self.x),):
+        if self.y.ndim not in (1, 2) or len(self.y) != len(self.x):
             raise ValueError(
-                f"RobustnessProbe expects one class number per image, y of shape {(len(self.x),)}; "
-                f"received {self.y.shape}. Of one-hot labels take y.argmax(axis=-1)."
+                "RobustnessProbe expects one class number or one-hot row per image, y of shape "
+                f"({len(self.x)},) or ({len(self.x)}, classes); received {self.y.shape}."
             )
-        noise = np.random.default_rng(seed).uniform(-epsilon, epsilon, self.x.shape)
-        self.start = np.clip(self.x + noise.astype("float32"), 0.0, 1.0)
         self.epsilon, self.alpha, self.steps = epsilon, alpha, steps
-        self.batch_size = batch_size
+        self.batch_size, self.seed = batch_size, seed
         self.best = max(history, key=lambda row: row["probe_pgd"], default=None)
         self.overfitted_in_epoch = None
 
     def on_train_begin(self, logs=None):
         self.good_weights = self.model.get_weights()
-        loss_fn = getattr(self.model, "loss_fn", None) or keras.losses.get(self.model.loss)
+        loss_fn = keras.losses.get(self.model.loss)
+        labels = self._labels(loss_fn)
+        classes = self.y.argmax(axis=-1) if self.y.ndim == 2 else self.y
+        pixel_range = getattr(self.model, "pixel_range", (0, 1))
+        x = self._unit_images(pixel_range)
+        noise = np.random.default_rng(self.seed).uniform(-self.epsilon, self.epsilon, x.shape)
+        start = np.clip(x + noise.astype("float32"), 0.0, 1.0)
+        self.images = (x, classes, labels, start)
+        network = of_unit_images(self.model, pixel_range)
 
         @tf.function(reduce_retracing=True)
-        def correct(x, y, start):
+        def correct(x, classes, labels, start):
             def is_correct(x):
-                return ops.equal(ops.argmax(self.model(x, training=False), axis=-1), y)
+                return ops.equal(ops.argmax(network(x, training=False), axis=-1), classes)
 
             def attack(start, alpha, steps):
                 return pgd(
-                    self.model,
+                    network,
                     loss_fn,
                     x,
-                    y,
+                    labels,
                     start=start,
                     epsilon=self.epsilon,
                     alpha=alpha,
@@ -261,6 +439,35 @@ class RobustnessProbe(keras.callbacks.Callback):
 
         self._correct = correct
 
+    def _labels(self, loss_fn):
+        """y as the loss takes it: Keras' sparse losses class numbers, its others one-hot rows."""
+        kind = loss_fn if hasattr(loss_fn, "__name__") else type(loss_fn)
+        outputs = self.model.compute_output_shape((1, *self.x.shape[1:]))[-1]
+        labels = self.y
+        if kind.__module__.startswith("keras."):
+            if "sparse" in kind.__name__.lower():
+                labels = labels.argmax(axis=-1) if labels.ndim == 2 else labels
+            elif labels.ndim == 1:
+                labels = np.eye(outputs, dtype="float32")[labels]
+        try:
+            loss_fn(labels[:1], np.zeros((1, outputs), "float32"))
+        except Exception as error:
+            raise ValueError(
+                f"The loss {kind.__name__} does not take the labels given to RobustnessProbe "
+                f"(shape {labels.shape}, for {outputs} outputs). Give them as `fit` gets them."
+            ) from error
+        return labels
+
+    def _unit_images(self, pixel_range):
+        low, high = pixel_range
+        x = (self.x.astype("float32") - low) / (high - low)
+        if not (x.min() >= -PIXEL_SLACK and x.max() <= 1 + PIXEL_SLACK):
+            raise ValueError(
+                f"The images of RobustnessProbe must lie in {pixel_range}; received {self.x.min()} "
+                f"to {self.x.max()}. Scale them, or give the model their pixel_range."
+            )
+        return x
+
     def accuracies(self):
         """Fractions of the probe images: clean, under FGSM, under PGD."""
         return self.measure()[0]
@@ -269,7 +476,7 @@ class RobustnessProbe(keras.callbacks.Callback):
         """`accuracies`, and the fraction under the attack of the training (None: it has none)."""
         batches = [slice(i, i + self.batch_size) for i in range(0, len(self.x), self.batch_size)]
         counts = [
-            [int(n) for n in self._correct(self.x[batch], self.y[batch], self.start[batch])]
+            [int(n) for n in self._correct(*(array[batch] for array in self.images))]
             for batch in batches
         ]
         clean, fgsm, pgd, *rest = (np.sum(counts, axis=0) / len(self.x)).tolist()

@@ -3,6 +3,7 @@
 import keras
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
 from keras import ops
@@ -112,6 +113,66 @@ def test_arrays_are_passed_epoch_by_epoch_and_datasets_as_they_come():
     result = LRFinder(quadratic()).find(dataset, epochs=2, max_lr=1e-3)
     noise = result.losses - closed_form(result.lrs)
     np.testing.assert_allclose(noise, [1.5, 5.5, 8.5] * 2, rtol=1e-3)
+
+
+def several_inputs():
+    left, right = keras.Input((2,), name="left"), keras.Input((1,), name="right")
+    model = keras.Model(
+        {"left": left, "right": right},
+        keras.layers.Dense(1)(keras.layers.Concatenate()([left, right])),
+    )
+    model.compile("sgd", "mse", run_eagerly=True)
+    return model
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return np.full((2, 1), index, np.float32), np.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (tf.range(10.0)[:, None], tf.zeros(10)),
+        (pd.DataFrame({"x": np.arange(10.0)}, index=range(10, 20)), pd.Series([0] * 10, name="y")),
+        ([[float(i)] for i in range(10)], [0] * 10),
+        ([np.arange(10.0)[:, None]], [np.zeros(10)]),
+        (np.arange(10.0)[:, None], [np.int64(0)] * 10),
+    ],
+    ids=["tensor", "pandas", "list", "list of one", "list of scalars"],
+)
+def test_arrays_of_every_kind_are_passed_row_by_row(x, y):
+    model = quadratic(run_eagerly=True, loss=lambda y, y_pred: y_pred[..., 0])
+    result = LRFinder(model).find(x, y, epochs=2, batch_size=4, max_lr=1e-3)
+    noise = result.losses - closed_form(result.lrs)  # mean(x) of each batch
+    np.testing.assert_allclose([noise[:3] @ [4, 4, 2], noise[3:] @ [4, 4, 2]], 45, rtol=1e-3)
+
+
+def test_batches_of_every_kind_come_in_their_order():
+    result = LRFinder(quadratic(run_eagerly=True)).find(Batches(), epochs=2, max_lr=1e-3)
+    noise = result.losses - closed_form(result.lrs)
+    np.testing.assert_allclose(noise, [0, 1, 2] * 2, atol=1e-2)
+    generator = (Batches()[index] for index in range(9))
+    result = LRFinder(quadratic(run_eagerly=True)).find(generator, steps=5, max_lr=1e-3)
+    noise = result.losses - closed_form(result.lrs)
+    np.testing.assert_allclose(noise, range(5), atol=1e-2)
+    with pytest.raises(InputError, match="steps"):
+        LRFinder(quadratic()).find(Batches()[index] for index in range(9))
+
+
+def test_several_inputs_are_counted_by_their_rows():
+    x = {"left": np.ones((10, 2), np.float32), "right": pd.Series(np.ones(10), dtype="float32")}
+    x["right"] = x["right"].to_frame()
+    result = LRFinder(several_inputs()).find(x, np.zeros(10), epochs=1, batch_size=4)
+    assert len(result.losses) == 3
+    result = LRFinder(several_inputs()).find(list(x.values()), np.zeros(10), epochs=1, batch_size=5)
+    assert len(result.losses) == 2
+    x["left"] = x["left"][:7]
+    with pytest.raises(InputError, match=r"received \[7, 10\] images and \[10\] labels"):
+        LRFinder(several_inputs()).find(x, np.zeros(10))
 
 
 def test_divergence_ends_the_test_early():

@@ -4,7 +4,9 @@ Smith 2017, "Cyclical learning rates for training neural networks" (WACV); one c
 training, as in Wong, Rice & Kolter 2020.
 """
 
+import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import keras
@@ -182,8 +184,10 @@ class LRFinder:
         """Run the test.
 
         Args:
-            x: images (N, ...) with labels `y`, or a tf.data.Dataset of batches (x, y) or
-                (x, y, sample_weight).
+            x: whatever `fit` takes: images (N, ...) with labels `y`, each an array, a tensor, a
+                pandas column, a list of numbers, or a list, tuple or dict of arrays for a model of
+                several inputs or outputs; or, alone, a tf.data.Dataset, a keras.utils.PyDataset or
+                a generator of batches (x, y) or (x, y, sample_weight).
             min_lr, max_lr: rates of the first and the last batch.
             epochs: passes over the data, unless `steps` gives the number of batches. Arrays are
                 shuffled afresh in each pass.
@@ -194,20 +198,32 @@ class LRFinder:
             LRFinderResult with lrs, losses, diverged, suggestion and plot().
         """
         self._check(min_lr, max_lr, growth)
+        if _comes_in_batches(x) == (y is not None):
+            raise InputError(
+                "LRFinder needs images x with labels y, or batches of (x, y) alone; "
+                f"received x of type {type(x).__name__} and y of type {type(y).__name__}."
+            )
+        if y is not None:
+            x, y = _as_arrays(x), _as_arrays(y)
         steps = _count_steps(x, y, epochs, steps, batch_size)
         space = np.geomspace if growth == "exponential" else np.linspace
         lrs = space(min_lr, max_lr, steps)
         data = _endless_batches(x, y, batch_size, seed)
 
         model, optimizer = self.model, self.model.optimizer
-        if not model.built:
-            # A subclassed model has no weights to keep before its first batch.
-            model(next(iter(x))[0][:1] if y is None else x[:1])
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
         recorder = _RangeTest(lrs)
-        with _Restored(model):
-            model.fit(data, steps_per_epoch=steps, callbacks=[recorder], shuffle=False, verbose=0)
+        strategy = model.distribute_strategy
+        with strategy.scope() if strategy.num_replicas_in_sync > 1 else nullcontext():
+            if not model.built:
+                # A subclassed model has no weights to keep before its first batch.
+                first, data = _peeked(data)
+                model(first[0])
+            if not optimizer.built:
+                optimizer.build(model.trainable_variables)
+            with _Restored(model):
+                model.fit(
+                    data, steps_per_epoch=steps, callbacks=[recorder], shuffle=False, verbose=0
+                )
         if not recorder.losses:
             raise InputError("LRFinder received a dataset without batches. Give it at least one.")
         losses = np.array(recorder.losses)
@@ -294,25 +310,40 @@ class _Restored:
         self.model.stop_training = False
 
 
+def _comes_in_batches(x):
+    return isinstance(x, tf.data.Dataset | keras.utils.PyDataset) or hasattr(x, "__next__")
+
+
+def _as_arrays(data):
+    """An array, or several in a dict or tuple, as the model has inputs or outputs."""
+    if isinstance(data, dict):
+        return {name: np.asarray(column) for name, column in data.items()}
+    if isinstance(data, list | tuple) and all(np.ndim(part) for part in data):
+        if all(hasattr(part, "shape") for part in data):
+            return tuple(np.asarray(part) for part in data)
+    return np.asarray(data)
+
+
 def _count_steps(x, y, epochs, steps, batch_size):
-    is_dataset = isinstance(x, tf.data.Dataset)
-    if is_dataset == (y is not None):
-        raise InputError(
-            "LRFinder needs images x with labels y, or a tf.data.Dataset of (x, y) batches alone; "
-            f"received x of type {type(x).__name__} and y of type {type(y).__name__}."
-        )
-    if not is_dataset and (len(x) == 0 or len(x) != len(y)):
-        raise InputError(
-            "LRFinder needs as many labels as images, at least one; "
-            f"received {len(x)} images and {len(y)} labels."
-        )
+    if y is not None:
+        images, labels = ({len(part) for part in keras.tree.flatten(data)} for data in (x, y))
+        if images != labels or len(images) != 1 or 0 in images:
+            raise InputError(
+                "LRFinder needs as many labels as images, at least one; "
+                f"received {sorted(images)} images and {sorted(labels)} labels."
+            )
     if steps is None:
         if epochs < 1 or batch_size < 1:
             raise InputError(
                 "LRFinder needs at least one epoch of batches of at least one; "
                 f"received epochs={epochs}, batch_size={batch_size}."
             )
-        per_epoch = int(x.cardinality()) if is_dataset else math.ceil(len(x) / batch_size)
+        if y is not None:
+            per_epoch = math.ceil(images.pop() / batch_size)
+        elif isinstance(x, tf.data.Dataset):
+            per_epoch = int(x.cardinality())
+        else:
+            per_epoch = getattr(x, "num_batches", None) or -1
         if per_epoch < 0:  # infinite or unknown
             raise InputError(
                 "The length of this dataset is infinite or unknown, so epochs have no meaning. "
@@ -328,13 +359,25 @@ def _endless_batches(x, y, batch_size, seed):
     """Batches without an end; arrays come in a new order in each pass."""
     if isinstance(x, tf.data.Dataset):
         return x.repeat()
+    if isinstance(x, keras.utils.PyDataset):
+        return (x[index] for _ in itertools.count() for index in range(x.num_batches))
+    if y is None:
+        return x
 
     def shuffled():
         rng = np.random.default_rng(seed)
         while True:
-            order = rng.permutation(len(x))
-            for start in range(0, len(x), batch_size):
-                index = order[start : start + batch_size]
-                yield x[index], y[index]
+            order = rng.permutation(len(keras.tree.flatten(x)[0]))
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                yield keras.tree.map_structure(lambda part: part[rows], (x, y))  # noqa: B023
 
     return shuffled()
+
+
+def _peeked(data):
+    """(the first batch, all batches)"""
+    first = next(iter(data))
+    if isinstance(data, tf.data.Dataset):
+        return first, data
+    return first, (batch for batch in itertools.chain([first], data))
