@@ -214,10 +214,8 @@ def _verdicts(claim: Claim, study: Study, noise: Spread) -> pd.DataFrame:
 
 
 def _published(first: str, second: str, architecture: str, measure: str) -> float:
-    found = [STUDIED[name].published.get(architecture) for name in (first, second)]
-    if None in found:
-        return np.nan
-    above, below = (figures[MEASURES.index(measure)] for figures in found)
+    figures = [STUDIED[name].published.get(architecture) for name in (first, second)]
+    above, below = (f[MEASURES.index(measure)] if f else np.nan for f in figures)
     return above - below
 
 

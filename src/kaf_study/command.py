@@ -359,7 +359,7 @@ def save_examples(model, images, result: records.Evaluation, folder: Path, count
         np.asarray(logits(x, training=False)),
         np.asarray(logits(x_adv, training=False)),
         datasets.class_names(images.dataset),
-        fell,
+        fell.tolist(),
     )
     path = folder / f"{result.stem}-examples.png"
     figures.save(figure, path)

@@ -69,8 +69,9 @@ def _curves(models: list[TrainedModel]) -> Figure:
     labels = model_labels(models)
     images = {str(model.record["results"].get("probe_n")) for model in models}
     # Of ordinary training Keras reports the loss with the regularisation.
-    kinds = {model.settings.get("epsilon") == 0 for model in models}
-    loss = {(False,): "perturbed batches", (True,): "with l2"}.get(tuple(kinds), "each its own")
+    kinds = frozenset(model.settings.get("epsilon") == 0 for model in models)
+    named = {frozenset({False}): "perturbed batches", frozenset({True}): "with l2"}
+    loss = named.get(kinds, "each its own")
     return training_curves(
         {labels[model.folder]: Line(model.history, model.activation) for model in models},
         title=f"{common_training(models)},\nprobed on {', '.join(sorted(images))} "

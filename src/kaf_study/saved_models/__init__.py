@@ -97,7 +97,7 @@ class LoadedModel:
     @property
     def dataset(self) -> str | None:
         """The data set named by the training record, or None."""
-        return self.training and self.training["settings"]["dataset"]
+        return self.training["settings"]["dataset"] if self.training else None
 
     def refuse_other_range(self, x: np.ndarray, y: np.ndarray) -> None:
         """Refuse a model of unknown pixel range that another than [0, 1] fits much better.

@@ -185,7 +185,7 @@ def attackable(concrete, argument: str | None = None) -> tuple[Callable, list[st
         (outputs,) = tf.nest.flatten(concrete(**{argument: x}) if argument else concrete(x))
         return outputs
 
-    call.input_shape, call.function = shape, concrete
+    vars(call).update(input_shape=shape, function=concrete)
     graph, own_gradients = _frozen(concrete, shape)
     if graph is None or not _agree(call, graph, gradients=False):
         return call, [NOT_FROZEN]
@@ -274,7 +274,7 @@ def load_saved_model(folder: Path) -> tuple[Callable, list[str]]:
     _refuse_signature(folder, concrete)
     model, remarks = attackable(concrete, argument)
     if not isinstance(model, Graph):
-        model.loaded = loaded  # a function does not keep its variables alive by itself
+        vars(model)["loaded"] = loaded  # a function does not keep its variables alive by itself
     return model, [DERIVED.format(derived)] * bool(derived) + remarks
 
 

@@ -40,8 +40,8 @@ class PixelRange:
             return cls(text, *PLAIN[text])
         match = re.fullmatch(f"mean=({NUMBERS}),std=({NUMBERS})", text.replace(" ", ""))
         try:
-            mean, std = (tuple(float(n) for n in group.split(",")) for group in match.groups())
-            mean, std = np.broadcast_arrays(mean, std)
+            numbers = [np.array(group.split(","), float) for group in match.groups()]  # type: ignore
+            mean, std = np.broadcast_arrays(*numbers)
         except (AttributeError, ValueError):
             raise InputError(
                 "--input expects 0..1, 0..255, -1..1 or mean=R,G,B,std=R,G,B (one number each, or "
