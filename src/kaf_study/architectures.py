@@ -71,13 +71,8 @@ def resnet(
             none.
         kernel_initializer: of the convolutions; the dense kernel starts from he_normal.
     """
-    if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6 != 0:
-        raise InputError(
-            "A CIFAR ResNet has depth 6n + 2 for n = 1, 2, ...; "
-            f"received depth={depth!r}. Use 20, 32, 44, 56 or another such number."
-        )
+    blocks = _blocks(depth)
     act = _activation_factory(activation)
-    blocks = (depth - 2) // 6
     regularizer = keras.regularizers.L2(l2) if l2 else None
 
     like_all = {
@@ -113,6 +108,16 @@ def resnet(
         dtype="float32",
     )(x)
     return keras.Model(inputs, outputs, name=f"resnet{depth}")
+
+
+def _blocks(depth):
+    """How many blocks each stage of a ResNet of this depth has."""
+    if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6 != 0:
+        raise InputError(
+            "A CIFAR ResNet has depth 6n + 2 for n = 1, 2, ...; "
+            f"received depth={depth!r}. Use 20, 32, 44, 56 or another such number."
+        )
+    return (depth - 2) // 6
 
 
 def build(name: str, activation: Activation, **kwargs: Any) -> keras.Model:
