@@ -138,6 +138,7 @@ def test_bounds_themselves_are_allowed():
     AttackSettings(epsilon=0, steps=1, restarts=1, seed=0)
     AttackSettings(epsilon=1, alpha=1, steps=MOST_STEPS, restarts=MOST_RESTARTS, seed=MOST_SEED)
     check_count("n", 3, 3, 3)
+    assert np.int64(MOST_SEED) == MOST_SEED and MOST_STEPS >= 10_000  # Square's published queries
     check_between("epsilon", 0, "--eps", least_is_in=True)
 
 

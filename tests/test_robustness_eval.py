@@ -128,13 +128,13 @@ def test_attacked_images_and_examples_are_kept_on_demand(folder, capsys):
 def test_check_prints_a_list_and_keeps_it(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sanity_checks, "ITERATIONS", (1, 5, 10))
     monkeypatch.setattr(sanity_checks, "NOISE_DRAWS", 10)
-    arguments = ["--check", "--n", "20", "--steps", "10"]
+    arguments = ["--check", "--n", "16", "--steps", "10", "--eps", "16"]
     assert command.main([str(folder), *arguments]) == 0
     printed = capsys.readouterr().out
     assert "=> no sign of masked gradients" in printed and "FAIL" not in printed
-    stem = folder / "robustness" / "checks-10-5-true-digits-n20"
+    stem = folder / "robustness" / "checks-10-5-true-digits-n16-eps16"
     kept = json.loads(stem.with_suffix(".json").read_text())
-    assert kept["passed"] and kept["n"] == 20 and len(kept["checks"]) == 13
+    assert kept["passed"] and kept["n"] == 16 and len(kept["checks"]) == 13
     assert kept["attack"]["steps"] == 10 and kept["attack"]["restarts"] == 5 and kept["seed"] == 0
     assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert read_results(folder).empty  # a check is no evaluation

@@ -174,9 +174,13 @@ class _Runs:
     @cached_property
     def classifier(self):
         """Compiled once for all attacks, after `evaluate` has seen that it can be attacked."""
-        one = slice(0, 1)  # image: refuses what does not fit
         evaluate(
-            self.model, self.x[one], self.y[one], "fgsm", subject=Subject(classes=self.classes)
+            self.model,
+            self.x[:1],  # refuses what does not fit
+            self.y[:1],
+            "fgsm",
+            subject=Subject(classes=self.classes),
+            execution=self.execution,
         )
         logits, _ = logits_of(self.model, self.x[: self.batch_size])
         outputs = np.shape(logits(self.x[:1], training=False))[1]
