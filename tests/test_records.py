@@ -304,7 +304,16 @@ def test_whatever_training_json_holds_is_read_or_refused_in_one_line(tmp_path):
     texts |= {"versions.python"}  # another model_sha256 is seen by the results made with it
     allowed = {f"{name} missing" for name in may_miss} | {f"{name} text" for name in texts}
     assert read == allowed | {"processes list", "versions dict", "settings.epsilon number"}
-    for content in (*truncations(json.dumps(record)), "[]", "null", '"x"', "[" * 10**5, "\xff"):
+    later = record | {"settings": record["settings"] | {"unheard_of": 1}}
+    for content in (
+        *truncations(json.dumps(record)),
+        json.dumps(later),
+        "[]",
+        "null",
+        '"x"',
+        "[" * 10**5,
+        "\xff",
+    ):
         path.write_text(content)
         assert not one_line_or_read(read_training, path)
         assert not one_line_or_read(trained_models, tmp_path)
