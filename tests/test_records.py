@@ -63,6 +63,8 @@ def test_clean_and_robust_are_what_they_say(tmp_path):
     np.testing.assert_array_equal(evaluation.is_clean, CLEAN)
     np.testing.assert_array_equal(evaluation.is_robust, CLEAN & STANDS)
     assert evaluation.summary["robust_accuracy"] == 12 / 20
+    lucky = evaluation.images.assign(adversarial_prediction=0)  # wrong when clean, right after it
+    assert not Evaluation(lucky, evaluation.summary).is_robust[~CLEAN].any()
     pushed = Evaluation.read(write(tmp_path, labels="predicted"))
     assert pushed.summary["accuracy_under_attack_predicted_labels"] == 13 / 20
     assert pushed.summary["pushed_onto_true_class_predicted_labels"] == 1
