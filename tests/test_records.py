@@ -63,6 +63,8 @@ def test_clean_and_robust_are_what_they_say(tmp_path):
     np.testing.assert_array_equal(evaluation.is_clean, CLEAN)
     np.testing.assert_array_equal(evaluation.is_robust, CLEAN & STANDS)
     assert evaluation.summary["robust_accuracy"] == 12 / 20
+    lucky = evaluation.images.assign(adversarial_prediction=0)  # wrong when clean, right after it
+    assert not Evaluation(lucky, evaluation.summary).is_robust[~CLEAN].any()
     pushed = Evaluation.read(write(tmp_path, labels="predicted"))
     assert pushed.summary["accuracy_under_attack_predicted_labels"] == 13 / 20
     assert pushed.summary["pushed_onto_true_class_predicted_labels"] == 1
@@ -304,7 +306,16 @@ def test_whatever_training_json_holds_is_read_or_refused_in_one_line(tmp_path):
     texts |= {"versions.python"}  # another model_sha256 is seen by the results made with it
     allowed = {f"{name} missing" for name in may_miss} | {f"{name} text" for name in texts}
     assert read == allowed | {"processes list", "versions dict", "settings.epsilon number"}
-    for content in (*truncations(json.dumps(record)), "[]", "null", '"x"', "[" * 10**5, "\xff"):
+    later = record | {"settings": record["settings"] | {"unheard_of": 1}}
+    for content in (
+        *truncations(json.dumps(record)),
+        json.dumps(later),
+        "[]",
+        "null",
+        '"x"',
+        "[" * 10**5,
+        "\xff",
+    ):
         path.write_text(content)
         assert not one_line_or_read(read_training, path)
         assert not one_line_or_read(trained_models, tmp_path)

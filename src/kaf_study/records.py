@@ -190,7 +190,7 @@ class ResultRecord(Struct):
 
 # Without one of these a training is not told from another; the other settings, some of which came
 # later, have their defaults where a record lacks them.
-NEEDED_SETTINGS = ("dataset", "architecture", "activation", "epochs", "seed")
+NEEDED_SETTINGS = {"dataset", "architecture", "activation", "epochs", "seed"}
 
 # --------------------------------------------------------------------------- reading
 
@@ -224,11 +224,13 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
 def read_training(path: Path) -> dict[str, Any]:
     """A training.json, as `TrainingRecord` has it."""
     record = read_json(path, TrainingRecord)
-    missing = [name for name in NEEDED_SETTINGS if name not in record["settings"]]
-    if missing:
+    given = record["settings"].keys()
+    missing, unknown = NEEDED_SETTINGS - given, given - TrainConfig.__dataclass_fields__.keys()
+    if missing or unknown:
+        lacks, has = (", ".join(sorted(names)) or "nothing" for names in (missing, unknown))
         raise InputError(
-            f"{str(path)!r} cannot be read: its settings lack {', '.join(missing)}; "
-            "restore the file, or train anew with --force"
+            f"{str(path)!r} cannot be read: its settings lack {lacks}, and name {has} that is not "
+            "known here; restore the file, or train anew with --force"
         )
     return record
 
