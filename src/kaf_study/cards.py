@@ -258,7 +258,10 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
     """
     table = model_table(results)
     rows_of = next(iter(table.attrs["chosen"].values()))
-    evaluated = {Path(row.folder).resolve(): row for row in table.itertuples()}
+    evaluated = {
+        Path(folder).resolve(): row
+        for folder, row in zip(table["folder"], table.itertuples(), strict=True)
+    }
     trained = {model.folder.resolve(): model for model in trained_models(*folders)}
     rows = {}
     for folder in trained | evaluated:

@@ -115,30 +115,31 @@ def studies(results: pd.DataFrame, kind: str = "pgd_true") -> list[Study]:
         results: of `kaf_study.records.read_results`. kind: of `kaf_study.tables.KINDS`.
     """
     rows = chosen_results(with_training(results)).get(kind)
-    groups: dict[tuple, list] = {}
+    groups: dict[tuple, list[tuple[TrainedModel, str]]] = {}
     if rows is not None:
-        for row in rows[rows["training"].notna()].itertuples():
-            alike = tuple(row.training.settings.get(name) for name in ALIKE)
-            groups.setdefault(alike, []).append(row)
+        for model, path in zip(rows["training"], rows["path"], strict=True):
+            if model is not None:
+                alike = tuple(model.settings.get(name) for name in ALIKE)
+                groups.setdefault(alike, []).append((model, path))
     return [_study(group) for group in groups.values()]
 
 
-def _study(rows: list) -> Study:
-    """Of rows of `chosen_results` whose models were trained alike."""
+def _study(group: list[tuple[TrainedModel, str]]) -> Study:
+    """Of models that were trained alike, each with its result."""
     models: dict[tuple[str, int], TrainedModel] = {}
-    for row in rows:
-        place = row.activation, row.training.settings["seed"]
+    for model, _ in group:
+        name, seed = place = model.activation, model.settings["seed"]
         if place in models:
             raise InputError(
-                f"{models[place].folder} and {row.training.folder} are both {place[0]}, seed "
-                f"{place[1]}, trained alike; leave one out"
+                f"{models[place].folder} and {model.folder} are both {name}, seed {seed}, trained "
+                "alike; leave one out"
             )
-        models[place] = row.training
-    paths = {str(row.training.folder): row.path for row in rows}
+        models[place] = model
+    paths = {str(model.folder): path for model, path in group}
     found = read_outcomes(paths, next(iter(paths)))
     stacked: dict[str, dict] = {measure: {} for measure in MEASURES}
     order = {name: place for place, name in enumerate(STUDIED)}
-    for name in sorted({row.activation for row in rows}, key=lambda a: order.get(a, len(order))):
+    for name in sorted({name for name, _ in models}, key=lambda a: order.get(a, len(order))):
         frames = [found[str(models[key].folder)] for key in sorted(models) if key[0] == name]
         for measure in MEASURES:
             stacked[measure][name] = np.stack([frame[measure].to_numpy() for frame in frames])

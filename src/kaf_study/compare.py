@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import pandas as pd
@@ -94,39 +95,53 @@ def run(arguments: Namespace) -> None:
     print(console(shown(table)), "", *notes(table), sep="\n")
     for pairs in tests:
         print("", console(shown_pairs(pairs)), "", conclusion(pairs), sep="\n")
-    claims = claims_of(results, kind)
-    for title, study, averages, verdicts in claims:
-        print("", title, "", console(shown_means(averages)), sep="\n")
-        print("", console(shown_claims(verdicts)), "", sep="\n")
-        print(*claim_notes(study, averages, verdicts), sep="\n")
+    studied = tables_of_studies(results, kind)
+    for one in studied:
+        print("", one.title, "", console(shown_means(one.means)), sep="\n")
+        print("", console(shown_claims(one.claims)), "", sep="\n")
+        print(*claim_notes(one.study, one.means, one.claims), sep="\n")
     if arguments.out:
-        write(results, table, tests, claims, Path(arguments.out))
+        write(results, table, tests, studied, Path(arguments.out))
     if arguments.into:
         put_table_into(arguments.into, markdown_table(table))
         if tests:
             put_table_into(arguments.into, markdown_pairs(*tests), "paired")
-        if claims:
-            put_table_into(arguments.into, markdown_of(claims), "claims")
+        if studied:
+            put_table_into(arguments.into, markdown_of(studied), "claims")
     if arguments.cards:
         make_writable(Path(arguments.cards).parent)
         write_atomically(Path(arguments.cards), model_cards(results, *arguments.folders).encode())
 
 
-Claims = list[tuple[str, Study, pd.DataFrame, pd.DataFrame]]  # title, means, verdicts
+class StudyTables(NamedTuple):
+    title: str
+    study: Study
+    means: pd.DataFrame
+    claims: pd.DataFrame
 
 
-def claims_of(results: pd.DataFrame, kind: str) -> Claims:
+def tables_of_studies(results: pd.DataFrame, kind: str) -> list[StudyTables]:
     """Means and verdicts of each study that has several seeds of an activation."""
     several = [study for study in studies(results, kind) if max(study.seeds.values()) > 1]
-    found = [(common_training(s.models), s, means(s), claims_table(s)) for s in several]
-    return [entry for entry in found if len(entry[-1])]
+    titles = [common_training(study.models) for study in several]
+    found = []
+    for title, study in zip(titles, several, strict=True):
+        if titles.count(title) > 1:
+            settings = study.models[0].settings
+            title += f", {settings.get('optimizer')}, eps {255 * settings['epsilon']:g}/255"
+        claims = claims_table(study)
+        if len(claims):
+            found.append(StudyTables(title, study, means(study), claims))
+    return found
 
 
-def markdown_of(claims: Claims) -> str:
+def markdown_of(studied: list[StudyTables]) -> str:
     """Each study by itself, and the verdicts side by side if there are several."""
-    parts = [f"**{title}**\n\n{markdown_claims(*rest)}" for title, *rest in claims]
-    if len(claims) > 1:
-        parts.append(markdown(shown_verdicts({title: table for title, *_, table in claims})))
+    parts = [
+        f"**{one.title}**\n\n{markdown_claims(one.study, one.means, one.claims)}" for one in studied
+    ]
+    if len(studied) > 1:
+        parts.append(markdown(shown_verdicts({one.title: one.claims for one in studied})))
     return "\n\n".join(parts)
 
 
@@ -134,7 +149,7 @@ def write(
     results: pd.DataFrame,
     table: pd.DataFrame,
     tests: list[pd.DataFrame],
-    claims: Claims,
+    studied: list[StudyTables],
     folder: Path,
 ) -> None:
     """comparison.csv and .md, paired.csv, claims.csv, scatter.png"""
@@ -144,10 +159,10 @@ def write(
     if tests:
         files["paired.csv"] = csv(pd.concat(tests))
         files["comparison.md"] += "\n" + markdown_pairs(*tests) + "\n"
-    if claims:
-        parts = [verdicts.assign(study=title) for title, *_, verdicts in claims]
+    if studied:
+        parts = [one.claims.assign(study=one.title) for one in studied]
         files["claims.csv"] = csv(pd.concat(parts))
-        files["comparison.md"] += "\n" + markdown_of(claims) + "\n"
+        files["comparison.md"] += "\n" + markdown_of(studied) + "\n"
     for name, text in files.items():
         write_atomically(folder / name, text.encode())
     if "pgd_true" in table.attrs["chosen"]:

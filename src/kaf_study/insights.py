@@ -16,14 +16,17 @@ An activation layer, here, is a layer of its own (Kaf, Kwta, keras.layers.Activa
 numbered from 1, first to last. Models are functional Keras models of logits.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
 import pandas as pd
 import tensorflow as tf
 from keras import ops
+from numpy.typing import NDArray
 
 from activationsf import Kaf, Kwta
 from activationsf import activation as activation_by_name
@@ -47,7 +50,7 @@ def activation_layers(model: keras.Model) -> list[keras.layers.Layer]:
     return layers
 
 
-def with_activations(model):
+def with_activations(model: keras.Model) -> tuple[keras.Model, int]:
     """`model` with the inputs and outputs of its L activation layers before its own outputs."""
     layers = activation_layers(model)
     outputs = [layer.input for layer in layers] + [layer.output for layer in layers]
@@ -55,7 +58,7 @@ def with_activations(model):
 
 
 @contextmanager
-def statistics_kept(model):
+def statistics_kept(model: keras.Model) -> Iterator[None]:
     """Put back afterwards what batch norm in training mode does to its moving averages."""
     kept = [np.array(variable) for variable in model.non_trainable_variables]
     try:
@@ -84,7 +87,9 @@ def _channel_means(values):
     return tf.reduce_mean(values, axis=list(range(1, len(values.shape) - 1)))
 
 
-def movement(model, x, x_adv, *, batch_size=100):
+def movement(
+    model: keras.Model, x: NDArray, x_adv: NDArray, *, batch_size: int = 100
+) -> pd.DataFrame:
     """How far an attack moves each image in each layer: L2 distances, in inference mode.
 
     Args:
@@ -127,7 +132,14 @@ def _norms(values):
     return tf.norm(tf.reshape(values, (tf.shape(values)[0], -1)), axis=1).numpy()
 
 
-def relative_movement(table, ruler="to_other_image", *, of="pre-activation", values="all", **how):
+def relative_movement(
+    table: pd.DataFrame,
+    ruler: str = "to_other_image",
+    *,
+    of: str = "pre-activation",
+    values: str = "all",
+    **how: Any,
+) -> pd.DataFrame:
     """Mean distance over images divided by the mean of a ruler, for each layer.
 
     Args:
@@ -143,8 +155,14 @@ def relative_movement(table, ruler="to_other_image", *, of="pre-activation", val
 
 
 def movement_ratio(
-    first, second, ruler="to_other_image", *, of="pre-activation", values="all", **how
-):
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    ruler: str = "to_other_image",
+    *,
+    of: str = "pre-activation",
+    values: str = "all",
+    **how: Any,
+) -> pd.DataFrame:
     """`relative_movement` of one model divided by another's, on the same images (paired).
 
     Below 1: the first model moves less. Arguments and result as in `relative_movement`.
@@ -185,7 +203,16 @@ def _bootstrap(statistic, parts, *, resamples=1000, confidence=0.95, seed=0):
     return pd.DataFrame({"value": value, "low": low, "high": high}, index=table.columns)
 
 
-def histograms(model, x, *, limit=6.0, bins=96, channel_means=False, training=False, batch_size=50):
+def histograms(
+    model: keras.Model,
+    x: NDArray,
+    *,
+    limit: float = 6.0,
+    bins: int = 96,
+    channel_means: bool = False,
+    training: bool = False,
+    batch_size: int = 50,
+) -> NDArray[np.float64]:
     """How the pre-activations of each layer are distributed.
 
     Args:
@@ -198,7 +225,8 @@ def histograms(model, x, *, limit=6.0, bins=96, channel_means=False, training=Fa
         -limit and above limit. Values that are not numbers are in none of them.
     """
     values = _values(model, training=training)
-    counts, sizes = 0, 0
+    counts: Any = 0
+    sizes: Any = 0
     with statistics_kept(model):
         for first in range(0, len(x), batch_size):
             layers, _ = values(tf.constant(x[first : first + batch_size]))
@@ -244,12 +272,14 @@ class Moments:
     variance: np.ndarray  # Var g(z)
 
     @property
-    def gain(self):
+    def gain(self) -> float:
         """Of one layer with batch normalisation (std = 1). Means: a convolution mixes channels."""
         return self.squared_derivative.mean() / self.variance.mean()
 
 
-def moments(function, channels=1, *, std=1.0):
+def moments(
+    function: Callable[[tf.Tensor], Any], channels: int = 1, *, std: float | NDArray = 1.0
+) -> Moments:
     """E[g'(z)^2] and Var g(z) for z ~ N(0, std^2), by the midpoint rule.
 
     Args:
@@ -270,7 +300,9 @@ def moments(function, channels=1, *, std=1.0):
     return Moments(weights @ derivative**2, weights @ (g - mean) ** 2)
 
 
-def random_start_moments(D=20, boundary=3.0, alpha_std=0.05, *, std=1.0):
+def random_start_moments(
+    D: int = 20, boundary: float = 3.0, alpha_std: float = 0.05, *, std: float = 1.0
+) -> Moments:
     """What `moments` expects of a Kaf whose alpha are independent N(0, alpha_std^2).
 
     E over alpha: alpha_std^2 times the sum over the kernels kappa_i of the same moments.
@@ -282,7 +314,7 @@ def random_start_moments(D=20, boundary=3.0, alpha_std=0.05, *, std=1.0):
     return Moments(*(np.array([value]) for value in total))
 
 
-def measured_moments(model, x):
+def measured_moments(model: keras.Model, x: NDArray) -> dict[str, Moments]:
     """`moments` over the pre-activations that the images x (B, H, W, C) give, in training mode.
 
     Returns:
@@ -301,7 +333,9 @@ def measured_moments(model, x):
     return found
 
 
-def predicted_growth(model, moments_of=None):
+def predicted_growth(
+    model: keras.Model, moments_of: Mapping[str, Moments] | None = None
+) -> NDArray[np.float64]:
     """The squared gradient at each pre-activation over that at the last one, by variances alone.
 
     For a network at initialisation (batch norm with scale 1 and shift 0) with random weights, wide,
@@ -322,7 +356,8 @@ def predicted_growth(model, moments_of=None):
     """
     layers = activation_layers(model)
     moments_of = dict(moments_of or {})
-    variance, order = {}, []  # of each layer's output; layers in the order of the computation
+    variance: dict[str, NDArray] = {}  # of each layer's output
+    order: list[keras.layers.Layer] = []  # of the computation
 
     def visit(layer):
         if layer.name in variance:
@@ -394,7 +429,9 @@ def _squared_weights(layer):
 # --------------------------------------------------------------------------- gradients: measurement
 
 
-def gradient_norms(model, x, y, *, loss_scale=1.0):
+def gradient_norms(
+    model: keras.Model, x: NDArray, y: NDArray, *, loss_scale: float = 1.0
+) -> pd.DataFrame:
     """L2 norms of the gradients of the mean cross-entropy, batch norm in training mode.
 
     Args:
@@ -446,7 +483,7 @@ def _cross_entropy(y, logits):
     )
 
 
-def measured_gains(norms):
+def measured_gains(norms: pd.DataFrame) -> pd.DataFrame:
     """What the activations did to the squared gradient, from a table of `gradient_norms`.
 
     Returns:
@@ -472,7 +509,7 @@ class HalfPrecisionKaf(Kaf):
     itself sums in float32. For the Gaussian kernel with a fixed dictionary.
     """
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         x, alpha, dictionary = (
             ops.cast(v, "float16") for v in (inputs, self.alpha, self._initial_dictionary)
         )
@@ -481,7 +518,7 @@ class HalfPrecisionKaf(Kaf):
 
 
 @contextmanager
-def dtype_policy(name):
+def dtype_policy(name: str) -> Iterator[None]:
     """Layers built inside the `with` block have Keras' dtype policy `name` ("mixed_float16")."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(name)
@@ -491,7 +528,14 @@ def dtype_policy(name):
         keras.config.set_dtype_policy(before)
 
 
-def plain_network(activation, depth, *, batch_norm=True, filters=32, input_shape=(32, 32, 3)):
+def plain_network(
+    activation: str,
+    depth: int,
+    *,
+    batch_norm: bool = True,
+    filters: int = 32,
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+) -> keras.Model:
     """[conv3x3 - batch norm - activation] x depth, pooled to 10 logits: no skips. A keras.Model.
 
     Args:
@@ -511,7 +555,16 @@ def plain_network(activation, depth, *, batch_norm=True, filters=32, input_shape
 # --------------------------------------------------------------------------- a short training
 
 
-def train_steps(model, x, y, *, optimizer, steps, batch_size=32, seed=0):
+def train_steps(
+    model: keras.Model,
+    x: NDArray,
+    y: NDArray,
+    *,
+    optimizer: keras.optimizers.Optimizer,
+    steps: int,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Ordinary training for a few steps, on the cross-entropy alone, each step recorded.
 
     The steps after the first that is not finite are left out: nothing comes back from NaN weights.
@@ -545,10 +598,10 @@ def train_steps(model, x, y, *, optimizer, steps, batch_size=32, seed=0):
         norm = tf.linalg.global_norm(gradients)
         return loss, tf.reduce_mean(tf.cast(is_right, tf.float32)), norm
 
-    rows = []
+    rows: list[list[float]] = []
     for epoch in range(-(-steps * batch_size // len(x)) + 1):
-        order = {"batch_size": batch_size, "seed": seed, "epoch": epoch, "augment": False}
-        for images, labels in batches(x, y, **order):
+        shuffled = batches(x, y, batch_size=batch_size, seed=seed, epoch=epoch, augment=False)
+        for images, labels in shuffled:
             if len(rows) == steps or (rows and not np.isfinite(rows[-1][0])):
                 break
             rows.append([float(value) for value in step(images, labels)])

@@ -9,7 +9,7 @@ paired proportions (Agresti 2013, "Categorical data analysis", section 11.1).
 All of it is about two trained networks. What another training would give is in `seeds`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,14 +21,16 @@ from kaf_study import InputError
 LEVEL = 0.05  # a difference is told apart below it
 
 
-def outcomes(index: ArrayLike, is_clean: ArrayLike, is_robust: ArrayLike) -> pd.DataFrame:
+def outcomes(
+    index: Sequence[int] | NDArray | pd.Series, is_clean: ArrayLike, is_robust: ArrayLike
+) -> pd.DataFrame:
     """What became of each image: bool columns clean and robust, indexed and sorted by image.
 
     Args:
         index: numbers of the images in the test set (n,), each once.
     """
     columns = {"clean": np.asarray(is_clean, bool), "robust": np.asarray(is_robust, bool)}
-    frame = pd.DataFrame(columns, index=pd.Index(index, name="index"))
+    frame = pd.DataFrame(columns, index=pd.Index(np.asarray(index), name="index"))
     if not frame.index.is_unique:
         twin = frame.index[frame.index.duplicated()][0]
         raise InputError(f"image {twin} is there twice; every image counts once")

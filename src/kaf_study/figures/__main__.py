@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import matplotlib
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from kaf_study import CommandParser, InputError
 from kaf_study.activations import is_kaf
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def drawn(arguments: Namespace) -> Figure:
+def drawn(arguments: Namespace) -> Figure | SubFigure:
     """The figure that was asked for."""
     models = trained_models(*arguments.folders)  # also says if something is not a folder
     if arguments.command == "scatter":
@@ -69,9 +69,8 @@ def _curves(models: list[TrainedModel]) -> Figure:
     labels = model_labels(models)
     images = {str(model.record["results"].get("probe_n")) for model in models}
     # Of ordinary training Keras reports the loss with the regularisation.
-    kinds = frozenset(model.settings.get("epsilon") == 0 for model in models)
-    named = {frozenset({False}): "perturbed batches", frozenset({True}): "with l2"}
-    loss = named.get(kinds, "each its own")
+    kinds = [model.settings.get("epsilon") == 0 for model in models]
+    loss = "with l2" if all(kinds) else "each its own" if any(kinds) else "perturbed batches"
     return training_curves(
         {labels[model.folder]: Line(model.history, model.activation) for model in models},
         title=f"{common_training(models)},\nprobed on {', '.join(sorted(images))} "

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,6 +16,9 @@ from kaf_study.activations import ACTIVATION_LABELS, is_kaf
 from kaf_study.figures.kafs import activation_values, evenly, layer_activation, size_in_words
 from kaf_study.figures.style import Line, axes_or_new, color_of, labelled, marker_of
 
+if TYPE_CHECKING:
+    import keras
+
 FUNCTION: dict[str, Any] = {"color": "black", "lw": 0.9, "ls": (0, (3, 1.5))}
 END_OF_DICTIONARY: dict[str, Any] = {"color": "0.45", "lw": 0.9, "ls": ":"}
 LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
@@ -25,7 +28,7 @@ LINE_STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 
 
 def activation_histograms(
-    model,
+    model: "keras.Model",
     clean: NDArray,
     attacked: NDArray,
     *,
@@ -160,7 +163,7 @@ def by_layer(
         _mark_not_finite(ax, not_finite, log)
     ax.set_xlabel("layer, from the input")
     ax.set_ylabel(ylabel)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.grid(alpha=0.25)
     ax.set_axisbelow(True)
     if legend:
@@ -203,7 +206,8 @@ def movement_and_robustness(
     """
     ax = axes_or_new(ax, (5.5, 4.2))
     for label, row in points.iterrows():
-        (one,) = labelled({label: Line(row, row["activation"]) if "activation" in row else row})
+        data = Line(row, row["activation"]) if "activation" in row else row
+        (one,) = labelled({str(label): data})
         marker, size = marker_of(one.activation)
         ax.errorbar(
             row["x"], 100 * row["y"],

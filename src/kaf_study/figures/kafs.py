@@ -1,7 +1,7 @@
 """Figures of KAFs: the functions that were learned, over where they started."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,18 +15,23 @@ from kaf_study.activations import ACTIVATION_COLORS, ACTIVATION_LABELS, STUDIED
 from kaf_study.figures.style import color_of
 from kaf_study.model_folder import TrainedModel
 
+if TYPE_CHECKING:  # loaded when a network is looked at
+    import keras
+
+    from activationsf import Kaf
+
 START: dict[str, Any] = {"color": "black", "lw": 1, "ls": (0, (4, 2))}
 IN_DICTIONARY = "0.93"  # grey behind the range of the dictionary
 
 
-def kaf_layers(model) -> list:
+def kaf_layers(model: "keras.Model") -> "list[Kaf]":
     """All Kaf layers of a model, first to last."""
     from activationsf import Kaf
 
     return [layer for layer in model._flatten_layers() if isinstance(layer, Kaf)]
 
 
-def layer_activation(layer) -> str:
+def layer_activation(layer: "keras.layers.Layer") -> str:
     """The name under which the study's tables have an activation layer, or its own."""
     if layer.__class__.__name__ == "Kwta":
         return "kwta"
@@ -46,13 +51,13 @@ def _function_name(function) -> str:
     return {"silu": "swish"}.get(name, name)
 
 
-def activation_values(layer, x: NDArray) -> NDArray:
+def activation_values(layer: "keras.layers.Layer", x: NDArray) -> NDArray:
     """The functions of an activation layer at the points x (N,): (N, C), C = 1 if it has one."""
     channels = layer.alpha.shape[-1] if hasattr(layer, "alpha") else 1
     return np.asarray(layer(np.repeat(np.asarray(x, np.float32)[:, None], channels, axis=1)))
 
 
-def initial_network(model: TrainedModel):
+def initial_network(model: TrainedModel) -> "keras.Model":
     """The network of a model folder as it was before training: same settings, same seed."""
     import keras
 
@@ -66,7 +71,12 @@ def initial_network(model: TrainedModel):
 
 
 def kaf_shapes(
-    model, *, initial=None, channels: int = 6, limit: float = 4.0, title: str | None = None
+    model: "keras.Model",
+    *,
+    initial: "keras.Model | None" = None,
+    channels: int = 6,
+    limit: float = 4.0,
+    title: str | None = None,
 ) -> Figure:
     """The functions of a model's Kaf layers, one panel for each layer, over where they started.
 
@@ -199,7 +209,7 @@ def evenly(count: int, wanted: int) -> NDArray[np.int_]:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
 
 
-def size_in_words(layer) -> str:
+def size_in_words(layer: "keras.layers.Layer") -> str:
     """Of a layer's output: "32×32, 16 ch."."""
     *positions, channels = layer.output.shape[1:]
     return f"{'×'.join(map(str, positions))}{', ' if positions else ''}{channels} ch."

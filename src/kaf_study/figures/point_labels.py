@@ -25,19 +25,18 @@ def label_points(
     layout as it is."""
     figure = ax.figure
     figure.canvas.draw()  # positions in pixels are known after this
-    renderer = figure.canvas.get_renderer()
     scale = figure.dpi / 72
     centres = ax.transData.transform(points)
     reach = ax.transData.transform(points + errors) - centres
     taken = list(_boxes_of_points(centres, reach, scale))
-    frame = ax.get_window_extent(renderer)
+    frame = ax.get_window_extent()
 
     for i in np.argsort(-centres[:, 1]):
         text = ax.annotate(
             labels[i], points[i], (0, 0), textcoords="offset points", color=colors[i],
             fontsize=10, fontweight="bold", va="bottom",
         )  # fmt: skip
-        extent = text.get_window_extent(renderer)
+        extent = text.get_window_extent()
         size = np.array([extent.width, extent.height])
 
         def cost(option, centre=centres[i], size=size):

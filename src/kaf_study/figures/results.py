@@ -58,9 +58,10 @@ def accuracy_robustness_scatter(
         ax.errorbar(x, y, xerr=dx, yerr=dy, color=color, elinewidth=1, capsize=2.5, alpha=0.55)
         marker, size = marker_of(activation)
         ax.plot(x, y, marker, color=color, ms=size, mec="white", mew=0.6, zorder=3)
-    _limits(points, errors, ax)
+    ax.set_xlim(_limits(points[:, 0], errors[:, 0]))
+    ax.set_ylim(_limits(points[:, 1], errors[:, 1]))
     if labels == "true":
-        _mark_impossible(ax, points, rows["label"])
+        _mark_impossible(ax, points, list(rows["label"]))
     _title(ax, common_training(t for t in rows["training"] if t is not None), rows["protocol"][0])
     ax.set_xlabel("clean accuracy (%)")
     ax.set_ylabel(
@@ -72,7 +73,7 @@ def accuracy_robustness_scatter(
     ax.set_axisbelow(True)
     shows_impossible = labels == "true" and ax.get_ylim()[1] > ax.get_xlim()[0]
     _marker_legend(ax, {kind_of(a) for a in rows["activation"]}, shows_impossible)
-    label_points(ax, points, errors, rows["label"], colors)
+    label_points(ax, points, errors, list(rows["label"]), colors)
     return ax
 
 
@@ -137,13 +138,11 @@ def _marker_legend(ax: Axes, kinds: Collection[str], shows_impossible: bool) -> 
     )
 
 
-def _limits(points: NDArray, errors: NDArray, ax: Axes) -> None:
-    for values, error, set_limits in zip(
-        points.T, errors.T, (ax.set_xlim, ax.set_ylim), strict=True
-    ):
-        low, high = (values - error).min(), (values + error).max()
-        margin = max(0.18 * (high - low), 1.0)
-        set_limits(max(low - margin, -1), min(high + margin, 101))
+def _limits(values: NDArray, errors: NDArray) -> tuple[float, float]:
+    """Of an axis, percent, with room for the labels."""
+    low, high = (values - errors).min(), (values + errors).max()
+    margin = max(0.18 * (high - low), 1.0)
+    return max(low - margin, -1), min(high + margin, 101)
 
 
 def _mark_impossible(ax: Axes, points: NDArray, labels: Sequence[str]) -> None:
@@ -238,7 +237,7 @@ def adversarial_examples(
     clean_logits: NDArray,
     adv_logits: NDArray,
     class_names: Sequence[str],
-    indices: Sequence[int],
+    indices: Sequence[int] | NDArray[np.integer],
 ) -> Figure:
     """One row for each of K attacked images: clean, perturbation (scaled to be seen), attacked.
 

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from kaf_study import InputError
 from kaf_study.activations import (
@@ -114,9 +114,10 @@ def common_training(models: Iterable[TrainedModel]) -> str:
     return " ".join(words)
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure | SubFigure, path: str | Path) -> None:
     """Writes a figure and closes it; .png, .pdf or .svg by the name's ending."""
     path = Path(path)
+    figure = cast(Figure, figure)  # as an Axes' figure, typed as perhaps a part of one
     known = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise InputError(f"cannot write a figure as {path.name!r}; let its name end in .png")

@@ -58,7 +58,7 @@ def training_curves(
     for ax, what in zip(axes.flat, (CURVES | {"loss": loss}).values(), strict=True):
         ax.set_ylabel(what)
         ax.grid(alpha=0.25)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params(axis="x", integer=True)
     for ax in accuracies:  # one scale: FGSM far above PGD is catastrophic overfitting
         ax.set_ylim(0, min(top, 101))
     for ax in axes[1]:
