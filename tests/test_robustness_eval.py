@@ -126,7 +126,7 @@ def test_attacked_images_and_examples_are_kept_on_demand(folder, capsys):
 
 
 def test_check_prints_a_list_and_keeps_it(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sanity_checks, "ITERATIONS", (1, 5, 10))
+    monkeypatch.setattr(sanity_checks, "ITERATIONS", (1, 10, 20))
     monkeypatch.setattr(sanity_checks, "NOISE_DRAWS", 10)
     arguments = ["--check", "--n", "16", "--steps", "10", "--eps", "16"]
     assert command.main([str(folder), *arguments]) == 0
