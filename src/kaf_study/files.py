@@ -21,7 +21,8 @@ def read_bytes(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
     """What a file holds; refused is what is no regular file (a device has no end), or too large."""
     check_file(path, limit)
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read(limit)
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read ({error.strerror})") from None
 
