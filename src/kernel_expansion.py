@@ -14,6 +14,7 @@ lie (D, C) so that the channels, which are last in x, are contiguous.
 """
 
 import functools
+import itertools
 import math
 
 import keras
@@ -101,10 +102,11 @@ def plus(base, x, y):
 def gaussian_expansion(x, alpha, *, boundary, gamma, base=None):
     """sum_i alpha_i exp(-gamma (x - d_i)^2) over the equally spaced dictionary on [-b, b].
 
-    Under TensorFlow and in float32: two exponentials and two short polynomials instead of D
-    exponentials (see `_power_factors`), compiled by XLA; the backward pass keeps x alone, and
-    in a graph (tf.function, fit) computes the gradient in alpha only where it is asked for.
-    Elsewhere the plain formula.
+    In float32: two exponentials and two short polynomials instead of D exponentials (see
+    `_power_factors`); the backward pass keeps x alone. Under TensorFlow and JAX they are compiled
+    by XLA; in TensorFlow's graphs (tf.function, fit) the gradient in alpha is computed only where
+    it is asked for. JAX's forward mode does not pass through gradients of one's own: take
+    `plain_expansion` there. In other types the plain formula.
     Values and gradients agree with the plain formula to 2e-5 of its largest term; far outside the
     dictionary both are 0, also at x = inf; NaN stays NaN.
 
@@ -120,6 +122,9 @@ def gaussian_expansion(x, alpha, *, boundary, gamma, base=None):
         d = _constant_dictionary(D, boundary, x.dtype)
         return plus(base, x, plain_expansion(x, alpha, d, gamma))
     step = 2 * boundary / (D - 1)
+    if keras.backend.backend() != "tensorflow":
+        expansion = _expansion_of_other_backends(D, float(step), float(gamma))
+        return plus(base, x, expansion(x, alpha))
     expansion = _equally_spaced_expansion(D, x.shape[-1], float(step), float(gamma), base)
     return _on_rows(expansion, x, alpha)
 
@@ -129,7 +134,7 @@ def moving_gaussian_expansion(x, alpha, dictionary, gamma, base=None):
 
     Its points are not equally spaced, so the D exponentials stay, but none of them is stored.
     """
-    if not _has_fast_path(x):
+    if keras.backend.backend() != "tensorflow" or not _has_fast_path(x):
         return plus(base, x, plain_expansion(x, alpha, dictionary, gamma))
     expansion = _moving_expansion(alpha.shape[0], x.shape[-1], base)
     return _on_rows(expansion, x, alpha, dictionary, gamma)
@@ -140,11 +145,8 @@ def _constant_dictionary(D, boundary, dtype):
 
 
 def _has_fast_path(x):
-    return (
-        keras.backend.backend() == "tensorflow"
-        and keras.backend.standardize_dtype(x.dtype) == "float32"
-        and x.shape[-1] is not None
-    )
+    is_known = x.shape[-1] is not None
+    return is_known and keras.backend.standardize_dtype(x.dtype) == "float32"
 
 
 def _on_rows(expansion, x, *parameters):
@@ -244,6 +246,9 @@ def _power_factors(x, centre, step, g):
     log2e = math.log2(math.e)
     # Where the Gaussian has reached 0, v may as well stop: nothing overflows, inf becomes finite.
     stop = math.sqrt((127.4 / log2e + LIFT) / g)
+    if keras.backend.backend() != "tensorflow":
+        v = ops.clip(x * (1 / step) - centre, -stop, stop)
+        return v, ops.exp(g * v), ops.exp(-g * v), ops.exp(LIFT - g * (v * v))
     v = tf.clip_by_value(x * np.float32(1 / step) - np.float32(centre), -stop, stop)
     s, s_inverse = _exp2_both_signs(v * np.float32(g * log2e))
     bell = exp2(np.float32(LIFT * log2e) - np.float32(g * log2e) * (v * v))
@@ -258,8 +263,8 @@ def _sum_of_powers(rows, s, s_inverse):
         w, w_inverse = s * s, s_inverse * s_inverse
         # smallest positive k is 1, or 1/2 for an even number of points
         first, first_inverse = (w, w_inverse) if has_middle else (s, s_inverse)
-        total += first * _horner(rows[half + has_middle :], w)
-        total += first_inverse * _horner(rows[:half][::-1], w_inverse)
+        total = total + first * _horner(rows[half + has_middle :], w)
+        total = total + first_inverse * _horner(rows[:half][::-1], w_inverse)
     return total
 
 
@@ -277,21 +282,81 @@ def _all_powers(t, s, s_inverse, count):
     return list(chain(s_inverse))[::-1] + [t] * has_middle + list(chain(s))
 
 
+def _value(x, scaled, runs, step, g):
+    """sum_i alpha_i kappa_i, alpha lowered by the constants: `scaled` (D, C)."""
+    total = 0.0
+    for centre, points in runs:
+        _, s, s_inverse, bell = _power_factors(x, centre, step, g)
+        total += bell * _sum_of_powers([scaled[i] for i in points], s, s_inverse)
+    return total
+
+
+def _derivative(x, scaled, scaled_offsets, upstream, runs, step, g):
+    """upstream dg/dx, dg/dx = (2 g / step) sum_i alpha_i kappa_i (k_i - v)."""
+    total = 0.0
+    for centre, points in runs:
+        v, s, s_inverse, bell = _power_factors(x, centre, step, g)
+        first = _sum_of_powers([scaled_offsets[i] for i in points], s, s_inverse)
+        total += bell * (first - v * _sum_of_powers([scaled[i] for i in points], s, s_inverse))
+    return upstream * total * np.float32(2 * g / step)
+
+
+def _terms(x, upstream, runs, step, g, slices):
+    """upstream kappa_i over its constant for each point i, each a list of what `slices` gives."""
+    powers = []
+    for centre, points in runs:
+        _, s, s_inverse, bell = _power_factors(x, centre, step, g)
+        parts = [slices(a) for a in (bell * upstream, s, s_inverse)]
+        powers += _all_powers(*parts, len(points))
+    return powers
+
+
+PARTS = 4  # of the rows, summed side by side where there are as many cores
+
+
+def _has_gpu():
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def _in_parts(sums, x, upstream, *parameters):
+    """The compiled function `sums` of rows x, upstream (N, C), as a sum over parts of the rows.
+
+    TensorFlow runs the parts at the same time; XLA keeps a loop to one core. Their number is fixed,
+    so that rounding does not depend on the machine.
+    """
+    if _has_gpu():
+        return sums(x, upstream, *parameters)
+    length = tf.shape(x)[0]
+    bounds = [length * i // PARTS for i in range(PARTS + 1)]
+    parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+    return tf.add_n([sums(x[part], upstream[part], *parameters) for part in parts])
+
+
+def _sum_over_rows(terms, count, *rows, per_channel=()):
+    """Sums (N, C) -> (count, C) of `count` terms, without storing the terms.
+
+    Args:
+        terms: takes a chunk (slices, lanes) of each of `rows` and `per_channel` as (..., lanes),
+            returns `count` lists of `slices` tensors (lanes,). Must give 0 where all `rows` are 0.
+        rows: tensors (N, C). per_channel: tensors (..., C).
+    """
+    if _has_gpu():  # not tried on one: none was at hand
+        sums = terms(*[r[None] for r in rows], *per_channel)
+        return tf.stack([tf.reduce_sum(term, axis=0) for (term,) in sums])
+    return _sum_by_chunks(terms, count, rows, per_channel)
+
+
 CHUNK_ROWS, CHUNK_LANES = 16, 256  # sizes for which the sums below stay in the first-level cache
 
 
-def _sum_over_rows(terms, count, channels, *rows):
-    """Sums (N, C) -> (count, C) of `count` terms, in stages, without storing the terms.
+def _sum_by_chunks(terms, count, rows, per_channel):
+    """`_sum_over_rows` in stages, for a processor's cache.
 
     XLA fuses elementwise work into vectorised loops, but not into reductions. So the rows are cut
     into chunks (CHUNK_ROWS, lanes), the chunk's rows are added as slices, the chunks in a loop, and
     only (count, lanes) is reduced in the ordinary way.
-
-    Args:
-        terms: takes one chunk of each of `rows`, as (CHUNK_ROWS, lanes); returns `count` lists of
-            CHUNK_ROWS slices (lanes,). Must give 0 where all `rows` are 0.
-        rows: tensors (N, C).
     """
+    channels = rows[0].shape[-1]
     per_lane_row = max(1, CHUNK_LANES // channels)
     lanes = per_lane_row * channels
     length = tf.shape(rows[0])[0]
@@ -299,9 +364,10 @@ def _sum_over_rows(terms, count, channels, *rows):
     chunks = tf.maximum(1, (length + chunk - 1) // chunk)  # XLA refuses to slice 0 of them
     padding = [[0, chunks * chunk - length], [0, 0]]
     rows = [tf.reshape(tf.pad(r, padding), (-1, CHUNK_ROWS, lanes)) for r in rows]
+    per_channel = [tf.tile(p, [1] * (p.shape.rank - 1) + [per_lane_row]) for p in per_channel]
 
     def add_chunk(i, sums):
-        slices = terms(*[r[i] for r in rows])
+        slices = terms(*[r[i] for r in rows], *per_channel)
         return i + 1, tuple(
             functools.reduce(lambda a, b: a + b, [partial, *parts])
             for partial, parts in zip(sums, slices, strict=True)
@@ -310,6 +376,51 @@ def _sum_over_rows(terms, count, channels, *rows):
     zeros = tuple(tf.zeros((lanes,)) for _ in range(count))
     _, sums = tf.while_loop(lambda i, _: i < chunks, add_chunk, (0, zeros))
     return tf.reduce_sum(tf.reshape(tf.stack(sums), (count, per_lane_row, channels)), axis=1)
+
+
+@functools.cache
+def _expansion_of_other_backends(D, step, gamma):
+    """x (..., C), alpha (D, C) -> (..., C) under JAX and torch, keeping x alone, no base."""
+    g = gamma * step**2
+    runs = _runs(D, g)
+    constants, offsets = _constants(D, g)
+    compiled = _jax_jit if keras.backend.backend() == "jax" else lambda function: function
+
+    @compiled
+    def value(x, alpha):
+        return _value(x, alpha * ops.convert_to_tensor(constants), runs, step, g)
+
+    @compiled
+    def derivative(x, alpha, upstream):
+        scaled = alpha * ops.convert_to_tensor(constants)
+        scaled_offsets = scaled * ops.convert_to_tensor(offsets)
+        return _derivative(x, scaled, scaled_offsets, upstream, runs, step, g)
+
+    @compiled
+    def sums_of_kernels(x, upstream):
+        terms = _terms(x, upstream, runs, step, g, lambda a: [a])
+        axes = tuple(range(len(x.shape) - 1))
+        sums = ops.stack([ops.sum(term, axis=axes) for (term,) in terms])
+        return ops.convert_to_tensor(constants) * sums
+
+    @ops.custom_gradient
+    def expansion(x, alpha):
+        def gradient(*arguments, upstream=None):
+            # JAX hands in the upstream gradient alone, torch what it kept as well
+            kept_x, kept_alpha = (x, alpha) if upstream is None else arguments
+            upstream = arguments[0] if upstream is None else upstream
+            in_x = derivative(kept_x, kept_alpha, upstream)
+            return in_x, sums_of_kernels(kept_x, upstream)
+
+        return value(x, alpha), gradient
+
+    return expansion
+
+
+def _jax_jit(function):
+    import jax
+
+    return jax.jit(function)
 
 
 @functools.cache
@@ -322,38 +433,23 @@ def _equally_spaced_expansion(D, channels, step, gamma, base):
 
     @compiled
     def value(x, scaled):
-        total = 0.0
-        for centre, points in runs:
-            _, s, s_inverse, bell = _power_factors(x, centre, step, g)
-            total += bell * _sum_of_powers([scaled[i] for i in points], s, s_inverse)
-        return plus(base, x, total)
+        return plus(base, x, _value(x, scaled, runs, step, g))
 
     @compiled
     def derivative(x, scaled, scaled_offsets, upstream):
-        # dg/dx = (2 g / step) sum_i alpha_i kappa_i (k_i - v)
-        total = 0.0
-        for centre, points in runs:
-            v, s, s_inverse, bell = _power_factors(x, centre, step, g)
-            first = _sum_of_powers([scaled_offsets[i] for i in points], s, s_inverse)
-            total += bell * (first - v * _sum_of_powers([scaled[i] for i in points], s, s_inverse))
-        total = upstream * total * np.float32(2 * g / step)
-        return total if base is None else total + _gradient(base(x), x, upstream)
+        total = _derivative(x, scaled, scaled_offsets, upstream, runs, step, g)
+        return _plus_gradient(base, x, upstream, total)
 
     @compiled
     def sums_of_kernels(x, upstream):
         def terms(x, upstream):
-            powers = []
-            for centre, points in runs:
-                _, s, s_inverse, bell = _power_factors(x, centre, step, g)
-                slices = [tf.unstack(a) for a in (bell * upstream, s, s_inverse)]
-                powers += _all_powers(*slices, len(points))
-            return powers
+            return _terms(x, upstream, runs, step, g, tf.unstack)
 
-        return _sum_over_rows(terms, D, channels, x, upstream)
+        return _sum_over_rows(terms, D, x, upstream)
 
     def plain(x, alpha):
         d = _constant_dictionary(D, step * (D - 1) / 2, "float32")
-        return plus(base, x, plain_expansion(x, alpha, d, gamma))
+        return _plain_plus(base, x, alpha, d, gamma)
 
     @tf.custom_gradient
     def expansion(x, alpha):
@@ -370,59 +466,51 @@ def _equally_spaced_expansion(D, channels, step, gamma, base):
 
     @tf.custom_gradient
     def gradient_in_alpha(x, alpha, upstream):
-        result = constants * sums_of_kernels(x, upstream)
+        result = constants * _in_parts(sums_of_kernels, x, upstream)
         return result, _gradient_of_gradient(plain, [1], x, alpha, upstream)
 
     return expansion
+
+
+def _moving_kernels(x, dictionary, gamma, exp2=exp2):
+    """exp(-gamma (x - d_i)^2) and x - d_i, point by point."""
+    # Products of -127.4 and more: exp2 is 0 there. inf would make inf * 0 of x - d_i.
+    x = tf.clip_by_value(x, -1e15, 1e15)
+    for i in range(dictionary.shape[0]):
+        difference = x - dictionary[i]
+        exponent = -(gamma * np.float32(math.log2(math.e))) * (difference * difference)
+        yield exp2(tf.maximum(exponent, np.float32(-127.4))), difference
 
 
 @functools.cache
 def _moving_expansion(D, channels, base):
     """x (N, C), alpha (D, C), dictionary (D, C), gamma (C,) -> (N, C), gradients of its own."""
     compiled = _compiled(channels)
-    log2e = np.float32(math.log2(math.e))
-
-    def kernels(x, dictionary, gamma, exp2=exp2):
-        """exp(-gamma (x - d_i)^2) and x - d_i, point by point."""
-        # Products of -127.4 and more: exp2 is 0 there. inf would make inf * 0 of x - d_i.
-        x = tf.clip_by_value(x, -1e15, 1e15)
-        for i in range(D):
-            difference = x - dictionary[i]
-            exponent = -(gamma * log2e) * (difference * difference)
-            yield exp2(tf.maximum(exponent, np.float32(-127.4))), difference
+    plus_gradient = compiled(functools.partial(_plus_gradient, base))
+    plain = functools.partial(_plain_plus, base)
 
     @compiled
     def value(x, alpha, dictionary, gamma):
-        kappas = kernels(x, dictionary, gamma)
+        kappas = _moving_kernels(x, dictionary, gamma)
         return plus(base, x, sum(alpha[i] * kappa for i, (kappa, _) in enumerate(kappas)))
 
     @compiled
     def derivative(x, alpha, dictionary, gamma, upstream):
-        kappas = kernels(x, dictionary, gamma)
+        kappas = _moving_kernels(x, dictionary, gamma)
         total = sum(alpha[i] * (kappa * diff) for i, (kappa, diff) in enumerate(kappas))
         return -2.0 * gamma * upstream * total
 
     @compiled
-    def plus_gradient_of_base(in_x, x, upstream):
-        return in_x + _gradient(base(x), x, upstream)
-
-    @compiled
-    def sums_of_kernels(x, dictionary, gamma, upstream):
+    def sums_of_kernels(x, upstream, dictionary, gamma):
         """sum kappa_i upstream, and sum kappa_i (x - d_i) upstream: (2 D, C)."""
-        lanes = max(1, CHUNK_LANES // channels)
-        dictionary = tf.tile(dictionary, (1, lanes))
-        gamma = tf.tile(gamma, (lanes,))
 
-        def terms(x, upstream):
-            pairs = list(kernels(x, dictionary, gamma, _exp2_kept))
+        def terms(x, upstream, dictionary, gamma):
+            pairs = list(_moving_kernels(x, dictionary, gamma, _exp2_kept))
             zeroth = [tf.unstack(kappa * upstream) for kappa, _ in pairs]
             first = [tf.unstack(kappa * difference * upstream) for kappa, difference in pairs]
             return zeroth + first
 
-        return _sum_over_rows(terms, 2 * D, channels, x, upstream)
-
-    def plain(x, alpha, dictionary, gamma):
-        return plus(base, x, plain_expansion(x, alpha, dictionary, gamma))
+        return _sum_over_rows(terms, 2 * D, x, upstream, per_channel=(dictionary, gamma))
 
     @tf.custom_gradient
     def expansion(x, alpha, dictionary, gamma):
@@ -436,7 +524,7 @@ def _moving_expansion(D, channels, base):
 
     @tf.custom_gradient
     def gradient_in_x(x, alpha, dictionary, gamma, upstream, of_kernels):
-        result = of_kernels if base is None else plus_gradient_of_base(of_kernels, x, upstream)
+        result = of_kernels if base is None else plus_gradient(x, upstream, of_kernels)
         second = _gradient_of_gradient(plain, [0], x, alpha, dictionary, gamma, upstream)
         return tf.identity(result), lambda weights: [*second(weights), None]
 
@@ -445,7 +533,8 @@ def _moving_expansion(D, channels, base):
         # in alpha: sum kappa_i; in d_i: 2 gamma alpha_i sum kappa_i (x - d_i);
         # in gamma: -sum_i alpha_i sum kappa_i (x - d_i)^2, of which one factor x - d_i is split:
         # x goes with the kernels' part of the derivative in x, d_i with the sums just computed.
-        zeroth, first = tf.split(sums_of_kernels(x, dictionary, gamma, upstream), 2)
+        sums = _in_parts(sums_of_kernels, x, upstream, dictionary, gamma)
+        zeroth, first = tf.split(sums, 2)
         finite = tf.clip_by_value(x, -1e15, 1e15)
         in_gamma = tf.reduce_sum(of_kernels * finite, axis=0) / (2 * gamma)
         in_gamma += tf.reduce_sum(alpha * dictionary * first, axis=0)
@@ -478,17 +567,28 @@ def _compile(function, *, channels):
     return call
 
 
-def _gradient(y, x, upstream):
-    return tf.gradients(y, x, upstream, unconnected_gradients="zero")[0]
+def _plain_plus(base, x, *parameters):
+    return plus(base, x, plain_expansion(x, *parameters))
+
+
+def _plus_gradient(base, x, upstream, y):
+    """upstream base'(x) + y; y where there is no base. In a graph."""
+    if base is None:
+        return y
+    return y + tf.gradients(base(x), x, upstream, unconnected_gradients="zero")[0]
 
 
 def _gradient_of_gradient(plain, of, *arguments_and_upstream):
     """Gradient, in all arguments, of the gradients of plain(*arguments) in those numbered `of`."""
-    return functools.partial(_by_plain_formula, plain, of, arguments_and_upstream)
+    return functools.partial(_by_plain_formula_in_graph(), plain, of, arguments_and_upstream)
 
 
-# In a graph of its own: no tape and no forward accumulator need be looking on.
-@functools.partial(tf.function, autograph=False, reduce_retracing=True)
+@functools.cache
+def _by_plain_formula_in_graph():
+    # In a graph of its own: no tape and no forward accumulator need be looking on.
+    return tf.function(_by_plain_formula, autograph=False, reduce_retracing=True)
+
+
 def _by_plain_formula(plain, of, arguments_and_upstream, *weights):
     *arguments, upstream = arguments_and_upstream
     first = tf.gradients(plain(*arguments), [arguments[i] for i in of], upstream)
