@@ -8,6 +8,8 @@ Attacks have images in [0, 1], epsilon and alpha in the same units; the model an
 those of another `pixel_range`.
 """
 
+from dataclasses import asdict, dataclass
+
 import keras
 import numpy as np
 from keras import ops
@@ -77,6 +79,30 @@ def of_unit_images(model, pixel_range):
     return lambda x, training: model(low + (high - low) * x, training=training)
 
 
+def fgsm_from_noise(model, loss_fn, x, y, *, noise, alpha, ball, seed_generator):
+    """One signed gradient step from uniform noise, in the image.
+
+    noise = ball = epsilon: Wong, Rice & Kolter 2020, Algorithm 3; see fgsm_random_start.
+    noise = 2 epsilon, alpha = epsilon, no ball: N-FGSM of de Jorge et al. 2022, "Make some noise:
+    reliable and efficient single-step adversarial training" (NeurIPS, arXiv 2202.01181),
+    Algorithm 1; start and result are clipped to valid pixels, as in their code.
+
+    Args: as of fgsm_random_start; noise is the radius of the start, ball that of the result or
+        None.
+
+    Returns:
+        start, x_adv (B, H, W, C), in [0, 1].
+    """
+    delta = uniform_noise(x, noise, seed_generator)
+    delta = ops.clip(x + delta, 0.0, 1.0) - x
+    start = x + delta
+    gradient = input_gradient(model, loss_fn, start, y, training=True)
+    delta = delta + alpha * ops.sign(gradient)
+    if ball is not None:
+        delta = ops.clip(delta, -ball, ball)
+    return start, ops.clip(x + delta, 0.0, 1.0)
+
+
 def fgsm_random_start(model, loss_fn, x, y, *, epsilon, alpha, seed_generator):
     """One signed gradient step from a uniform start in the epsilon-ball.
 
@@ -93,11 +119,17 @@ def fgsm_random_start(model, loss_fn, x, y, *, epsilon, alpha, seed_generator):
     Returns:
         x_adv (B, H, W, C) with |x_adv - x| <= epsilon, in [0, 1].
     """
-    delta = uniform_noise(x, epsilon, seed_generator)
-    delta = ops.clip(x + delta, 0.0, 1.0) - x
-    gradient = input_gradient(model, loss_fn, x + delta, y, training=True)
-    delta = ops.clip(delta + alpha * ops.sign(gradient), -epsilon, epsilon)
-    return ops.clip(x + delta, 0.0, 1.0)
+    _, x_adv = fgsm_from_noise(
+        model,
+        loss_fn,
+        x,
+        y,
+        noise=epsilon,
+        alpha=alpha,
+        ball=epsilon,
+        seed_generator=seed_generator,
+    )
+    return x_adv
 
 
 class _MeanLoss(keras.losses.Loss):
@@ -131,6 +163,31 @@ class _RandomStates(keras.layers.Layer):
             state.assign(store[str(index)])
 
 
+@dataclass(frozen=True)
+class Refinements:
+    """What later work adds to the training of Wong et al.; these defaults add nothing.
+
+    noise: of N-FGSM as a multiple of eps, 2 in its paper, with alpha = eps; see fgsm_from_noise.
+        None: the attack is fgsm_random_start.
+    ramp: steps over which eps and alpha grow linearly from 0, as in the code of N-FGSM on SVHN.
+    pairing: weight of the squared distance, mean over images and classes, between the logits at
+        the start of the attack and at its result (Jia et al. 2022, "Prior-guided adversarial
+        initialization for fast adversarial training", ECCV, arXiv 2207.08859; 10 in their code,
+        with a start from the epoch before). Costs a third pass of the network.
+    pairing_ramp: steps over which that weight grows linearly from 0.
+    """
+
+    noise: float | None = None
+    ramp: int = 0
+    pairing: float = 0.0
+    pairing_ramp: int = 0
+
+    def __post_init__(self):
+        numbers = (0.0 if self.noise is None else self.noise, *list(asdict(self).values())[1:])
+        if not all(0 <= number < np.inf for number in numbers):
+            raise ValueError(f"Refinements are finite and not negative; received {self}.")
+
+
 @keras.saving.register_keras_serializable(package="robust_activations")
 class FastBetterFreeTrainedModel(keras.Model):
     """A functional Keras model whose training step is that of fast adversarial training.
@@ -156,10 +213,19 @@ class FastBetterFreeTrainedModel(keras.Model):
         pixel_range: lowest and highest value of a pixel, to which perturbed images are clipped.
             Training images of any number type are cast; where those of the first batch do not fit
             pixel_range, training is refused (after its first step under jit_compile).
+        refinements: Refinements, or a dict of its fields.
     """
 
     def __init__(
-        self, inputs, outputs, eps=8 / 255, alpha=10 / 255, seed=None, pixel_range=(0, 1), **kwargs
+        self,
+        inputs,
+        outputs,
+        eps=8 / 255,
+        alpha=10 / 255,
+        seed=None,
+        pixel_range=(0, 1),
+        refinements=Refinements(),
+        **kwargs,
     ):
         if keras.backend.backend() != "tensorflow":
             raise RuntimeError(
@@ -183,6 +249,8 @@ class FastBetterFreeTrainedModel(keras.Model):
         self.eps = float(eps)
         self.alpha = float(alpha)
         self.pixel_range = (float(low), float(high))
+        fields = refinements if isinstance(refinements, dict) else asdict(refinements)
+        self.refinements = Refinements(**fields)
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.random_states = _RandomStates(self)
         self.extremes = tf.Variable(NOTHING_SEEN, trainable=False)  # of the first batch
@@ -211,32 +279,55 @@ class FastBetterFreeTrainedModel(keras.Model):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         batch_size = ops.shape(x)[0]
         x = self._checked(ops.cast(x, self.input.dtype))
-        x_adv = self.perturbed(with_stand_in(x), with_stand_in(y))
+        start, x_adv = self.perturbed(with_stand_in(x), with_stand_in(y))
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         share = self._share(batch_size, sample_weight)
         with tf.GradientTape() as tape:
             logits = self(x_adv, training=True)[:batch_size]  # without a stand-in
             loss = share * self.loss_fn(y, logits, sample_weight=sample_weight)
+            objective = loss
+            if self.refinements.pairing:
+                objective += self._pairing(logits, self(start, training=True)[:batch_size])
             penalties = [penalty / replicas for penalty in self.losses]
-            objective = self.optimizer.scale_loss(sum(penalties, start=loss))
+            objective = self.optimizer.scale_loss(sum(penalties, start=objective))
         gradients = tape.gradient(objective, self.trainable_variables)
         self.optimizer.apply(gradients, self.trainable_variables)  # of their sum over replicas
         self._loss_tracker.update_state(sum_over_replicas(loss), sample_weight=batch_size)
         return self.compute_metrics(x_adv, y, logits, sample_weight)
 
     def perturbed(self, x, y):
-        """The batch after the attack of the training; x_adv like x, float, in pixel_range."""
+        """The attack of the training on a batch of images in pixel_range, and where it started.
+
+        Returns:
+            start, x_adv: like x, float, in pixel_range.
+        """
         low, high = self.pixel_range
-        x_adv = fgsm_random_start(
+        more = self.refinements
+        growth = self._growth(more.ramp)
+        start, x_adv = fgsm_from_noise(
             of_unit_images(self, self.pixel_range),
             self.loss_fn,
             (x - low) / (high - low),
             y,
-            epsilon=self.eps,
-            alpha=self.alpha,
+            noise=growth * self.eps * (1.0 if more.noise is None else more.noise),
+            alpha=growth * self.alpha,
+            ball=growth * self.eps if more.noise is None else None,
             seed_generator=self.seed_generator,
         )
-        return low + (high - low) * x_adv
+        return low + (high - low) * start, low + (high - low) * x_adv
+
+    def _growth(self, ramp):
+        """From 0 to 1 over the first `ramp` steps of the optimizer, whose count files keep."""
+        if not ramp:
+            return 1.0
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)  # mixed precision
+        return ops.minimum(ops.cast(optimizer.iterations, "float32") / ramp, 1.0)
+
+    def _pairing(self, logits, logits_at_start):
+        weight = self._growth(self.refinements.pairing_ramp) * self.refinements.pairing
+        distance = ops.square(ops.cast(logits - logits_at_start, "float32"))
+        batch_size = ops.cast(sum_over_replicas(ops.shape(logits)[0]), "float32")
+        return weight * ops.sum(distance) / (batch_size * logits.shape[-1])
 
     def _share(self, batch_size, sample_weight):
         """What to multiply a replica's loss by to make their sum that of the global batch."""
@@ -314,6 +405,7 @@ class FastBetterFreeTrainedModel(keras.Model):
             "alpha": self.alpha,
             "seed": self.seed_generator.get_config()["seed"],
             "pixel_range": self.pixel_range,
+            "refinements": asdict(self.refinements),
             "name": self.name,
         }
 

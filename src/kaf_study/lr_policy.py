@@ -1,7 +1,8 @@
 """The learning rate: a triangular cycle, and the range test that finds its bounds.
 
 Smith 2017, "Cyclical learning rates for training neural networks" (WACV); one cycle over the whole
-training, as in Wong, Rice & Kolter 2020.
+training, as in Wong, Rice & Kolter 2020. Also the running mean of the weights that such a cycle
+passes through.
 """
 
 import itertools
@@ -66,6 +67,26 @@ class TriangularCycle(keras.optimizers.schedules.LearningRateSchedule):
             "peak": self.peak,
             "start": self.start,
         }
+
+
+@keras.saving.register_keras_serializable(package="robust_activations")
+class WarmMeanSGD(keras.optimizers.SGD):
+    """SGD whose running mean of the weights (`use_ema`) soon forgets the first ones.
+
+    In step t = 0, 1, ... the mean so far weighs min(ema_momentum, (1 + t) / (10 + t)), in the first
+    nothing; TensorFlow's ExponentialMovingAverage has this as `num_updates`. At a constant 0.9995
+    half of a short training lies in the mean. All else is Keras': the mean is kept in the
+    optimizer's variables and files and put into the model at the end of `fit`.
+    """
+
+    def _update_model_variables_moving_average(self, trainable_variables):
+        step = ops.cast(self.iterations, "float32")
+        momentum = ops.minimum(self.ema_momentum, (1 + step) / (10 + step))
+        momentum = ops.where(step > 0, momentum, 0.0)
+        for weight, mean in zip(
+            trainable_variables, self._model_variables_moving_average, strict=True
+        ):
+            mean.assign(momentum * mean + (1 - momentum) * weight)
 
 
 @dataclass(frozen=True)
@@ -208,12 +229,12 @@ class LRFinder:
         steps = _count_steps(x, y, epochs, steps, batch_size)
         space = np.geomspace if growth == "exponential" else np.linspace
         lrs = space(min_lr, max_lr, steps)
-        data = _endless_batches(x, y, batch_size, seed)
-
         model, optimizer = self.model, self.model.optimizer
-        recorder = _RangeTest(lrs)
         strategy = model.distribute_strategy
-        with strategy.scope() if strategy.num_replicas_in_sync > 1 else nullcontext():
+        is_distributed = strategy.num_replicas_in_sync > 1
+        data = _endless_batches(x, y, batch_size, seed, as_dataset=is_distributed)
+        recorder = _RangeTest(lrs)
+        with strategy.scope() if is_distributed else nullcontext():
             if not model.built:
                 # A subclassed model has no weights to keep before its first batch.
                 first, data = _peeked(data)
@@ -355,8 +376,11 @@ def _count_steps(x, y, epochs, steps, batch_size):
     return steps
 
 
-def _endless_batches(x, y, batch_size, seed):
-    """Batches without an end; arrays come in a new order in each pass."""
+def _endless_batches(x, y, batch_size, seed, as_dataset):
+    """Batches without an end; arrays come in a new order in each pass.
+
+    as_dataset: of arrays; where there are replicas, Keras loses batches of a generator.
+    """
     if isinstance(x, tf.data.Dataset):
         return x.repeat()
     if isinstance(x, keras.utils.PyDataset):
@@ -372,7 +396,12 @@ def _endless_batches(x, y, batch_size, seed):
                 rows = order[start : start + batch_size]
                 yield keras.tree.map_structure(lambda part: part[rows], (x, y))  # noqa: B023
 
-    return shuffled()
+    if not as_dataset:
+        return shuffled()
+    rows = keras.tree.map_structure(
+        lambda part: tf.TensorSpec((None, *part.shape[1:]), part.dtype), (x, y)
+    )
+    return tf.data.Dataset.from_generator(shuffled, output_signature=rows)
 
 
 def _peeked(data):
