@@ -66,8 +66,10 @@ def test_the_mean_of_the_weights_forgets_the_first_ones_and_is_resumed(tmp_path)
         return model
 
     def compiled(momentum):
-        optimizer = WarmMeanSGD(0.25, use_ema=True, ema_momentum=momentum)
-        return quadratic_of(optimizer)
+        model = quadratic_of(WarmMeanSGD(0.25, use_ema=True, ema_momentum=momentum))
+        model(np.zeros((1, 1)))
+        model.optimizer.build(model.trainable_variables)
+        return model
 
     weights = 4.0 * 0.75 ** np.arange(1, 9)  # after each step
     for momentum in (0.3, 0.9):
@@ -84,10 +86,8 @@ def test_the_mean_of_the_weights_forgets_the_first_ones_and_is_resumed(tmp_path)
         on_epoch_end=lambda epoch, logs: epoch == 3 and begun.save_weights(path)
     )
     begun = compiled(0.9)
-    begun.optimizer.build(begun.trainable_variables)
     fit(begun, 4, callbacks=[keep])
     resumed = compiled(0.9)
-    resumed.optimizer.build(resumed.trainable_variables)
     resumed.load_weights(path)
     fit(resumed, 8, initial_epoch=4)
     assert float(resumed.w) == float(model.w)
