@@ -8,7 +8,9 @@ Attacks have images in [0, 1], epsilon and alpha in the same units; the model an
 those of another `pixel_range`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -17,6 +19,10 @@ from keras import ops
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
+
+Tensor = Any  # of the backend, or an array
+Network = Callable[..., Tensor]  # (x, training=...) -> logits
+LossFunction = Callable[..., Tensor]  # (labels, logits) -> mean over the batch
 
 # Attacks follow the sign of the gradient alone, so its scale is free. In float16 it matters: where
 # 128 images are classified with confidence, a quarter of the pixels' gradients of the mean loss lie
@@ -29,7 +35,9 @@ PIXEL_SLACK = 0.05
 NOTHING_SEEN = (np.inf, -np.inf)  # darkest and brightest pixel of no image
 
 
-def input_gradient(model, loss_fn, x, y, *, training):
+def input_gradient(
+    model: Network, loss_fn: LossFunction, x: Tensor, y: Tensor, *, training: bool
+) -> Tensor:
     """GRADIENT_SCALE times the gradient of the loss in the images; (B, H, W, C) like x.
 
     No weight gradients.
@@ -40,7 +48,9 @@ def input_gradient(model, loss_fn, x, y, *, training):
     return tape.gradient(loss, x)
 
 
-def uniform_noise(x, radius, seed_generator):
+def uniform_noise(
+    x: Tensor, radius: float | Tensor, seed_generator: keras.random.SeedGenerator
+) -> Tensor:
     """Uniform in [-radius, radius], shaped like x; a fresh draw every call, also in a graph.
 
     Each replica of a tf.distribute.Strategy takes its rows of one draw for the global batch, so
@@ -55,13 +65,13 @@ def uniform_noise(x, radius, seed_generator):
     return noise[first : first + shape[0]]
 
 
-def sum_over_replicas(value):
+def sum_over_replicas(value: Tensor) -> Tensor:
     """The value itself where there is one replica."""
     replica = tf.distribute.get_replica_context()
     return value if replica.num_replicas_in_sync == 1 else replica.all_reduce("SUM", value)
 
 
-def with_stand_in(rows):
+def with_stand_in(rows: Tensor) -> Tensor:
     """The rows; where a replica has none of a short batch, the first one of the others.
 
     On no image batch norm gives NaN, and gradients of oneDNN's convolutions have a wrong shape.
@@ -73,13 +83,23 @@ def with_stand_in(rows):
     return tf.cond(tf.shape(rows)[0] > 0, lambda: rows, lambda: first)
 
 
-def of_unit_images(model, pixel_range):
+def of_unit_images(model: Network, pixel_range: tuple[float, float]) -> Network:
     """The model of images in pixel_range as a function of images in [0, 1]."""
     low, high = pixel_range
     return lambda x, training: model(low + (high - low) * x, training=training)
 
 
-def fgsm_from_noise(model, loss_fn, x, y, *, noise, alpha, ball, seed_generator):
+def fgsm_from_noise(
+    model: Network,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    *,
+    noise: float | Tensor,
+    alpha: float | Tensor,
+    ball: float | Tensor | None,
+    seed_generator: keras.random.SeedGenerator,
+) -> tuple[Tensor, Tensor]:
     """One signed gradient step from uniform noise, in the image.
 
     noise = ball = epsilon: Wong, Rice & Kolter 2020, Algorithm 3; see fgsm_random_start.
@@ -103,7 +123,16 @@ def fgsm_from_noise(model, loss_fn, x, y, *, noise, alpha, ball, seed_generator)
     return start, ops.clip(x + delta, 0.0, 1.0)
 
 
-def fgsm_random_start(model, loss_fn, x, y, *, epsilon, alpha, seed_generator):
+def fgsm_random_start(
+    model: Network,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    alpha: float,
+    seed_generator: keras.random.SeedGenerator,
+) -> Tensor:
     """One signed gradient step from a uniform start in the epsilon-ball.
 
     Wong, Rice & Kolter 2020, Algorithm 3. Unlike the paper's pseudocode, the start and the result
@@ -218,15 +247,15 @@ class FastBetterFreeTrainedModel(keras.Model):
 
     def __init__(
         self,
-        inputs,
-        outputs,
-        eps=8 / 255,
-        alpha=10 / 255,
-        seed=None,
-        pixel_range=(0, 1),
-        refinements=Refinements(),
-        **kwargs,
-    ):
+        inputs: Any,
+        outputs: Any,
+        eps: float = 8 / 255,
+        alpha: float = 10 / 255,
+        seed: int | None = None,
+        pixel_range: Sequence[float] = (0, 1),
+        refinements: Refinements | dict[str, Any] = Refinements(),
+        **kwargs: Any,
+    ) -> None:
         if keras.backend.backend() != "tensorflow":
             raise RuntimeError(
                 "FastBetterFreeTrainedModel needs Keras' TensorFlow backend; "
@@ -255,7 +284,14 @@ class FastBetterFreeTrainedModel(keras.Model):
         self.random_states = _RandomStates(self)
         self.extremes = tf.Variable(NOTHING_SEEN, trainable=False)  # of the first batch
 
-    def compile(self, optimizer="sgd", loss=None, *args, jit_compile=False, **kwargs):
+    def compile(
+        self,
+        optimizer: Any = "sgd",
+        loss: Any = None,
+        *args: Any,
+        jit_compile: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """As keras.Model.compile, with one loss.
 
         jit_compile is off unless asked for: on a CPU, XLA's convolutions are slower than oneDNN's.
@@ -271,11 +307,11 @@ class FastBetterFreeTrainedModel(keras.Model):
         # Files are loaded into an optimizer that has its variables.
         self.optimizer.build(self.trainable_variables)
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras leaves a loaded model uncompiled where `compile` is overridden.
         self.compile(**keras.saving.deserialize_keras_object(config))
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, Tensor]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         batch_size = ops.shape(x)[0]
         x = self._checked(ops.cast(x, self.input.dtype))
@@ -295,7 +331,7 @@ class FastBetterFreeTrainedModel(keras.Model):
         self._loss_tracker.update_state(sum_over_replicas(loss), sample_weight=batch_size)
         return self.compute_metrics(x_adv, y, logits, sample_weight)
 
-    def perturbed(self, x, y):
+    def perturbed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The attack of the training on a batch of images in pixel_range, and where it started.
 
         Returns:
@@ -363,7 +399,7 @@ class FastBetterFreeTrainedModel(keras.Model):
         # What was divided by 255 once too often uses 0.4 % of the range.
         return is_inside & ((brightest > low + (high - low) / 100) | (brightest <= low))
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> None:
         """Keras' own, whose first step says in one line that images do not fit pixel_range."""
         if self.train_function is not None and not force:
             return
@@ -394,11 +430,11 @@ class FastBetterFreeTrainedModel(keras.Model):
             "pixel_range; eps and alpha are fractions of it."
         )
 
-    def inference_model(self):
+    def inference_model(self) -> keras.Model:
         """The plain keras.Model of the same layers, to save and to attack."""
         return keras.Model(self.input, self.output, name=self.name)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "model": keras.saving.serialize_keras_object(self.inference_model()),
             "eps": self.eps,
@@ -410,7 +446,9 @@ class FastBetterFreeTrainedModel(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "FastBetterFreeTrainedModel":
         config = dict(config)
         model = keras.saving.deserialize_keras_object(
             config.pop("model"), custom_objects=custom_objects
@@ -422,7 +460,17 @@ class FastBetterFreeTrainedModel(keras.Model):
 keras.saving.get_custom_objects()["FastBetterFreeTrainedModel"] = FastBetterFreeTrainedModel
 
 
-def pgd(model, loss_fn, x, y, *, start, epsilon, alpha, steps):
+def pgd(
+    model: Network,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    *,
+    start: Tensor,
+    epsilon: float,
+    alpha: float,
+    steps: int,
+) -> Tensor:
     """Projected gradient descent (Madry et al. 2018) in inference mode: a quick probe.
 
     The evaluation proper is kaf_study.evaluation.
@@ -471,16 +519,16 @@ class RobustnessProbe(keras.callbacks.Callback):
 
     def __init__(
         self,
-        x,
-        y,
+        x: Any,
+        y: Any,
         *,
-        epsilon=8 / 255,
-        alpha=2 / 255,
-        steps=10,
-        batch_size=128,
-        seed=0,
-        history=(),
-    ):
+        epsilon: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        batch_size: int = 128,
+        seed: int = 0,
+        history: Sequence[dict[str, Any]] = (),
+    ) -> None:
         super().__init__()
         self.x, self.y = np.asarray(x), np.asarray(y)
         if self.y.shape == (len(self.x), 1):  # as keras.datasets gives them
@@ -495,7 +543,7 @@ class RobustnessProbe(keras.callbacks.Callback):
         self.best = max(history, key=lambda row: row["probe_pgd"], default=None)
         self.overfitted_in_epoch = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self.good_weights = self.model.get_weights()
         loss_fn = keras.losses.get(self.model.loss)
         labels = self._labels(loss_fn)
@@ -560,11 +608,11 @@ class RobustnessProbe(keras.callbacks.Callback):
             )
         return x
 
-    def accuracies(self):
+    def accuracies(self) -> dict[str, float]:
         """Fractions of the probe images: clean, under FGSM, under PGD."""
         return self.measure()[0]
 
-    def measure(self):
+    def measure(self) -> tuple[dict[str, float], float | None]:
         """`accuracies`, and the fraction under the attack of the training (None: it has none)."""
         batches = [slice(i, i + self.batch_size) for i in range(0, len(self.x), self.batch_size)]
         counts = [
@@ -575,7 +623,7 @@ class RobustnessProbe(keras.callbacks.Callback):
         row = {"probe_clean": clean, "probe_fgsm": fgsm, "probe_pgd": pgd}
         return row, rest[0] if rest else None
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         row, training_attack = self.measure()
         if logs is not None:
             logs.update(row)
@@ -594,7 +642,12 @@ class RobustnessProbe(keras.callbacks.Callback):
             self.best = row
         self.good_weights = self.model.get_weights()
 
-    def overfitting(self, row, best, training_attack=None):
+    def overfitting(
+        self,
+        row: dict[str, float],
+        best: dict[str, Any],
+        training_attack: float | None = None,
+    ) -> str | None:
         """The evidence in words, or None."""
         pgd = row["probe_pgd"]
         if pgd < best["probe_pgd"] / 2 and row["probe_fgsm"] > best["probe_fgsm"]:

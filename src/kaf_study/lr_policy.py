@@ -9,6 +9,7 @@ import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -34,7 +35,9 @@ class TriangularCycle(keras.optimizers.schedules.LearningRateSchedule):
         start: where the first rate lies between min_lr (0) and max_lr (1).
     """
 
-    def __init__(self, min_lr, max_lr, steps, peak=0.5, start=0.0):
+    def __init__(
+        self, min_lr: float, max_lr: float, steps: int, peak: float = 0.5, start: float = 0.0
+    ) -> None:
         super().__init__()
         if not 0 <= min_lr <= max_lr < math.inf or max_lr == 0:
             raise InputError(
@@ -52,14 +55,14 @@ class TriangularCycle(keras.optimizers.schedules.LearningRateSchedule):
         self.peak = float(peak)
         self.start = float(start)
 
-    def __call__(self, step):
+    def __call__(self, step: Any) -> Any:
         done = ops.cast(step, "float32") / self.steps  # fraction of the cycle
         up = self.start + (1.0 - self.start) * done / self.peak
         down = (1.0 - done) / (1.0 - self.peak)
         height = ops.maximum(ops.minimum(up, down), 0.0)
         return self.min_lr + (self.max_lr - self.min_lr) * height
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "min_lr": self.min_lr,
             "max_lr": self.max_lr,
@@ -105,7 +108,7 @@ class LRFinderResult:
     growth: str = "exponential"
 
     @property
-    def smoothed(self):
+    def smoothed(self) -> np.ndarray:
         """Losses under a Gaussian window of 2 % of the test (at least 1 batch), without a lag."""
         # A batch whose loss is not finite is left out; it can only be the last.
         losses = self.losses[np.isfinite(self.losses)]
@@ -115,7 +118,7 @@ class LRFinderResult:
         return window @ losses / window.sum(axis=1)
 
     @property
-    def noise(self):
+    def noise(self) -> tuple[float, float]:
         """(of a batch's loss, of the smoothed loss): standard deviations, around the latter.
 
         Until its minimum: beyond, the loss explodes.
@@ -127,7 +130,7 @@ class LRFinderResult:
         return batch, batch / math.sqrt(2 * math.sqrt(math.pi) * width)
 
     @property
-    def suggestion(self):
+    def suggestion(self) -> tuple[float, float]:
         """(min_lr, max_lr) for a triangular cycle.
 
         Smith 2017, section 3.3: the lower bound where the loss begins to fall, the upper one where
@@ -147,7 +150,7 @@ class LRFinderResult:
         low, high = int(np.argmax(progress >= 0.1)), int(np.argmax(progress >= 0.9))
         return float(self.lrs[low]), float(self.lrs[high])
 
-    def plot(self, ax=None):
+    def plot(self, ax: Any = None) -> Any:
         """Loss against learning rate, with the suggested bounds; returns the Matplotlib axes."""
         import matplotlib.pyplot as plt
 
@@ -186,22 +189,22 @@ class LRFinder:
     would otherwise spend nearly all batches in its last decade.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model) -> None:
         self.model = model
 
     def find(
         self,
-        x,
-        y=None,
+        x: Any,
+        y: Any = None,
         *,
-        min_lr=1e-4,
-        max_lr=3.0,
-        epochs=5,
-        steps=None,
-        batch_size=128,
-        growth="exponential",
-        seed=0,
-    ):
+        min_lr: float = 1e-4,
+        max_lr: float = 3.0,
+        epochs: int = 5,
+        steps: int | None = None,
+        batch_size: int = 128,
+        growth: str = "exponential",
+        seed: int = 0,
+    ) -> LRFinderResult:
         """Run the test.
 
         Args:
