@@ -71,7 +71,7 @@ def run_python(code, **environment):
         env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
