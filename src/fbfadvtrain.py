@@ -8,6 +8,10 @@ Attacks have images in [0, 1], epsilon and alpha in the same units; the model an
 those of another `pixel_range`.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -15,6 +19,10 @@ from keras import ops
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
+
+Tensor = Any  # of the backend, or an array
+Network = Callable[..., Tensor]  # (x, training=...) -> logits
+LossFunction = Callable[..., Tensor]  # (labels, logits) -> mean over the batch
 
 # Attacks follow the sign of the gradient alone, so its scale is free. In float16 it matters: where
 # 128 images are classified with confidence, a quarter of the pixels' gradients of the mean loss lie
@@ -27,7 +35,9 @@ PIXEL_SLACK = 0.05
 NOTHING_SEEN = (np.inf, -np.inf)  # darkest and brightest pixel of no image
 
 
-def input_gradient(model, loss_fn, x, y, *, training):
+def input_gradient(
+    model: Network, loss_fn: LossFunction, x: Tensor, y: Tensor, *, training: bool
+) -> Tensor:
     """GRADIENT_SCALE times the gradient of the loss in the images; (B, H, W, C) like x.
 
     No weight gradients.
@@ -38,7 +48,9 @@ def input_gradient(model, loss_fn, x, y, *, training):
     return tape.gradient(loss, x)
 
 
-def uniform_noise(x, radius, seed_generator):
+def uniform_noise(
+    x: Tensor, radius: float | Tensor, seed_generator: keras.random.SeedGenerator
+) -> Tensor:
     """Uniform in [-radius, radius], shaped like x; a fresh draw every call, also in a graph.
 
     Each replica of a tf.distribute.Strategy takes its rows of one draw for the global batch, so
@@ -53,13 +65,13 @@ def uniform_noise(x, radius, seed_generator):
     return noise[first : first + shape[0]]
 
 
-def sum_over_replicas(value):
+def sum_over_replicas(value: Tensor) -> Tensor:
     """The value itself where there is one replica."""
     replica = tf.distribute.get_replica_context()
     return value if replica.num_replicas_in_sync == 1 else replica.all_reduce("SUM", value)
 
 
-def with_stand_in(rows):
+def with_stand_in(rows: Tensor) -> Tensor:
     """The rows; where a replica has none of a short batch, the first one of the others.
 
     On no image batch norm gives NaN, and gradients of oneDNN's convolutions have a wrong shape.
@@ -71,13 +83,56 @@ def with_stand_in(rows):
     return tf.cond(tf.shape(rows)[0] > 0, lambda: rows, lambda: first)
 
 
-def of_unit_images(model, pixel_range):
+def of_unit_images(model: Network, pixel_range: tuple[float, float]) -> Network:
     """The model of images in pixel_range as a function of images in [0, 1]."""
     low, high = pixel_range
     return lambda x, training: model(low + (high - low) * x, training=training)
 
 
-def fgsm_random_start(model, loss_fn, x, y, *, epsilon, alpha, seed_generator):
+def fgsm_from_noise(
+    model: Network,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    *,
+    noise: float | Tensor,
+    alpha: float | Tensor,
+    ball: float | Tensor | None,
+    seed_generator: keras.random.SeedGenerator,
+) -> tuple[Tensor, Tensor]:
+    """One signed gradient step from uniform noise, in the image.
+
+    noise = ball = epsilon: Wong, Rice & Kolter 2020, Algorithm 3; see fgsm_random_start.
+    noise = 2 epsilon, alpha = epsilon, no ball: N-FGSM of de Jorge et al. 2022, "Make some noise:
+    reliable and efficient single-step adversarial training" (NeurIPS, arXiv 2202.01181),
+    Algorithm 1; start and result are clipped to valid pixels, as in their code.
+
+    Args: as of fgsm_random_start; noise is the radius of the start, ball that of the result or
+        None.
+
+    Returns:
+        start, x_adv (B, H, W, C), in [0, 1].
+    """
+    delta = uniform_noise(x, noise, seed_generator)
+    delta = ops.clip(x + delta, 0.0, 1.0) - x
+    start = x + delta
+    gradient = input_gradient(model, loss_fn, start, y, training=True)
+    delta = delta + alpha * ops.sign(gradient)
+    if ball is not None:
+        delta = ops.clip(delta, -ball, ball)
+    return start, ops.clip(x + delta, 0.0, 1.0)
+
+
+def fgsm_random_start(
+    model: Network,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    alpha: float,
+    seed_generator: keras.random.SeedGenerator,
+) -> Tensor:
     """One signed gradient step from a uniform start in the epsilon-ball.
 
     Wong, Rice & Kolter 2020, Algorithm 3. Unlike the paper's pseudocode, the start and the result
@@ -93,11 +148,17 @@ def fgsm_random_start(model, loss_fn, x, y, *, epsilon, alpha, seed_generator):
     Returns:
         x_adv (B, H, W, C) with |x_adv - x| <= epsilon, in [0, 1].
     """
-    delta = uniform_noise(x, epsilon, seed_generator)
-    delta = ops.clip(x + delta, 0.0, 1.0) - x
-    gradient = input_gradient(model, loss_fn, x + delta, y, training=True)
-    delta = ops.clip(delta + alpha * ops.sign(gradient), -epsilon, epsilon)
-    return ops.clip(x + delta, 0.0, 1.0)
+    _, x_adv = fgsm_from_noise(
+        model,
+        loss_fn,
+        x,
+        y,
+        noise=epsilon,
+        alpha=alpha,
+        ball=epsilon,
+        seed_generator=seed_generator,
+    )
+    return x_adv
 
 
 class _MeanLoss(keras.losses.Loss):
@@ -131,6 +192,31 @@ class _RandomStates(keras.layers.Layer):
             state.assign(store[str(index)])
 
 
+@dataclass(frozen=True)
+class Refinements:
+    """What later work adds to the training of Wong et al.; these defaults add nothing.
+
+    noise: of N-FGSM as a multiple of eps, 2 in its paper, with alpha = eps; see fgsm_from_noise.
+        None: the attack is fgsm_random_start.
+    ramp: steps over which eps and alpha grow linearly from 0, as in the code of N-FGSM on SVHN.
+    pairing: weight of the squared distance, mean over images and classes, between the logits at
+        the start of the attack and at its result (Jia et al. 2022, "Prior-guided adversarial
+        initialization for fast adversarial training", ECCV, arXiv 2207.08859; 10 in their code,
+        with a start from the epoch before). Costs a third pass of the network.
+    pairing_ramp: steps over which that weight grows linearly from 0.
+    """
+
+    noise: float | None = None
+    ramp: int = 0
+    pairing: float = 0.0
+    pairing_ramp: int = 0
+
+    def __post_init__(self):
+        numbers = (0.0 if self.noise is None else self.noise, *list(asdict(self).values())[1:])
+        if not all(0 <= number < np.inf for number in numbers):
+            raise ValueError(f"Refinements are finite and not negative; received {self}.")
+
+
 @keras.saving.register_keras_serializable(package="robust_activations")
 class FastBetterFreeTrainedModel(keras.Model):
     """A functional Keras model whose training step is that of fast adversarial training.
@@ -156,11 +242,20 @@ class FastBetterFreeTrainedModel(keras.Model):
         pixel_range: lowest and highest value of a pixel, to which perturbed images are clipped.
             Training images of any number type are cast; where those of the first batch do not fit
             pixel_range, training is refused (after its first step under jit_compile).
+        refinements: Refinements, or a dict of its fields.
     """
 
     def __init__(
-        self, inputs, outputs, eps=8 / 255, alpha=10 / 255, seed=None, pixel_range=(0, 1), **kwargs
-    ):
+        self,
+        inputs: Any,
+        outputs: Any,
+        eps: float = 8 / 255,
+        alpha: float = 10 / 255,
+        seed: int | None = None,
+        pixel_range: Sequence[float] = (0, 1),
+        refinements: Refinements | dict[str, Any] = Refinements(),
+        **kwargs: Any,
+    ) -> None:
         if keras.backend.backend() != "tensorflow":
             raise RuntimeError(
                 "FastBetterFreeTrainedModel needs Keras' TensorFlow backend; "
@@ -183,11 +278,20 @@ class FastBetterFreeTrainedModel(keras.Model):
         self.eps = float(eps)
         self.alpha = float(alpha)
         self.pixel_range = (float(low), float(high))
+        fields = refinements if isinstance(refinements, dict) else asdict(refinements)
+        self.refinements = Refinements(**fields)
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.random_states = _RandomStates(self)
         self.extremes = tf.Variable(NOTHING_SEEN, trainable=False)  # of the first batch
 
-    def compile(self, optimizer="sgd", loss=None, *args, jit_compile=False, **kwargs):
+    def compile(
+        self,
+        optimizer: Any = "sgd",
+        loss: Any = None,
+        *args: Any,
+        jit_compile: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """As keras.Model.compile, with one loss.
 
         jit_compile is off unless asked for: on a CPU, XLA's convolutions are slower than oneDNN's.
@@ -203,40 +307,63 @@ class FastBetterFreeTrainedModel(keras.Model):
         # Files are loaded into an optimizer that has its variables.
         self.optimizer.build(self.trainable_variables)
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras leaves a loaded model uncompiled where `compile` is overridden.
         self.compile(**keras.saving.deserialize_keras_object(config))
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, Tensor]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         batch_size = ops.shape(x)[0]
         x = self._checked(ops.cast(x, self.input.dtype))
-        x_adv = self.perturbed(with_stand_in(x), with_stand_in(y))
+        start, x_adv = self.perturbed(with_stand_in(x), with_stand_in(y))
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         share = self._share(batch_size, sample_weight)
         with tf.GradientTape() as tape:
             logits = self(x_adv, training=True)[:batch_size]  # without a stand-in
             loss = share * self.loss_fn(y, logits, sample_weight=sample_weight)
+            objective = loss
+            if self.refinements.pairing:
+                objective += self._pairing(logits, self(start, training=True)[:batch_size])
             penalties = [penalty / replicas for penalty in self.losses]
-            objective = self.optimizer.scale_loss(sum(penalties, start=loss))
+            objective = self.optimizer.scale_loss(sum(penalties, start=objective))
         gradients = tape.gradient(objective, self.trainable_variables)
         self.optimizer.apply(gradients, self.trainable_variables)  # of their sum over replicas
         self._loss_tracker.update_state(sum_over_replicas(loss), sample_weight=batch_size)
         return self.compute_metrics(x_adv, y, logits, sample_weight)
 
-    def perturbed(self, x, y):
-        """The batch after the attack of the training; x_adv like x, float, in pixel_range."""
+    def perturbed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The attack of the training on a batch of images in pixel_range, and where it started.
+
+        Returns:
+            start, x_adv: like x, float, in pixel_range.
+        """
         low, high = self.pixel_range
-        x_adv = fgsm_random_start(
+        more = self.refinements
+        growth = self._growth(more.ramp)
+        start, x_adv = fgsm_from_noise(
             of_unit_images(self, self.pixel_range),
             self.loss_fn,
             (x - low) / (high - low),
             y,
-            epsilon=self.eps,
-            alpha=self.alpha,
+            noise=growth * self.eps * (1.0 if more.noise is None else more.noise),
+            alpha=growth * self.alpha,
+            ball=growth * self.eps if more.noise is None else None,
             seed_generator=self.seed_generator,
         )
-        return low + (high - low) * x_adv
+        return low + (high - low) * start, low + (high - low) * x_adv
+
+    def _growth(self, ramp):
+        """From 0 to 1 over the first `ramp` steps of the optimizer, whose count files keep."""
+        if not ramp:
+            return 1.0
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)  # mixed precision
+        return ops.minimum(ops.cast(optimizer.iterations, "float32") / ramp, 1.0)
+
+    def _pairing(self, logits, logits_at_start):
+        weight = self._growth(self.refinements.pairing_ramp) * self.refinements.pairing
+        distance = ops.square(ops.cast(logits - logits_at_start, "float32"))
+        batch_size = ops.cast(sum_over_replicas(ops.shape(logits)[0]), "float32")
+        return weight * ops.sum(distance) / (batch_size * logits.shape[-1])
 
     def _share(self, batch_size, sample_weight):
         """What to multiply a replica's loss by to make their sum that of the global batch."""
@@ -272,7 +399,7 @@ class FastBetterFreeTrainedModel(keras.Model):
         # What was divided by 255 once too often uses 0.4 % of the range.
         return is_inside & ((brightest > low + (high - low) / 100) | (brightest <= low))
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> None:
         """Keras' own, whose first step says in one line that images do not fit pixel_range."""
         if self.train_function is not None and not force:
             return
@@ -303,22 +430,25 @@ class FastBetterFreeTrainedModel(keras.Model):
             "pixel_range; eps and alpha are fractions of it."
         )
 
-    def inference_model(self):
+    def inference_model(self) -> keras.Model:
         """The plain keras.Model of the same layers, to save and to attack."""
         return keras.Model(self.input, self.output, name=self.name)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "model": keras.saving.serialize_keras_object(self.inference_model()),
             "eps": self.eps,
             "alpha": self.alpha,
             "seed": self.seed_generator.get_config()["seed"],
             "pixel_range": self.pixel_range,
+            "refinements": asdict(self.refinements),
             "name": self.name,
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "FastBetterFreeTrainedModel":
         config = dict(config)
         model = keras.saving.deserialize_keras_object(
             config.pop("model"), custom_objects=custom_objects
@@ -330,7 +460,17 @@ class FastBetterFreeTrainedModel(keras.Model):
 keras.saving.get_custom_objects()["FastBetterFreeTrainedModel"] = FastBetterFreeTrainedModel
 
 
-def pgd(model, loss_fn, x, y, *, start, epsilon, alpha, steps):
+def pgd(
+    model: Network,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    *,
+    start: Tensor,
+    epsilon: float,
+    alpha: float,
+    steps: int,
+) -> Tensor:
     """Projected gradient descent (Madry et al. 2018) in inference mode: a quick probe.
 
     The evaluation proper is kaf_study.evaluation.
@@ -379,16 +519,16 @@ class RobustnessProbe(keras.callbacks.Callback):
 
     def __init__(
         self,
-        x,
-        y,
+        x: Any,
+        y: Any,
         *,
-        epsilon=8 / 255,
-        alpha=2 / 255,
-        steps=10,
-        batch_size=128,
-        seed=0,
-        history=(),
-    ):
+        epsilon: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        batch_size: int = 128,
+        seed: int = 0,
+        history: Sequence[dict[str, Any]] = (),
+    ) -> None:
         super().__init__()
         self.x, self.y = np.asarray(x), np.asarray(y)
         if self.y.shape == (len(self.x), 1):  # as keras.datasets gives them
@@ -403,7 +543,7 @@ class RobustnessProbe(keras.callbacks.Callback):
         self.best = max(history, key=lambda row: row["probe_pgd"], default=None)
         self.overfitted_in_epoch = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self.good_weights = self.model.get_weights()
         loss_fn = keras.losses.get(self.model.loss)
         labels = self._labels(loss_fn)
@@ -468,11 +608,11 @@ class RobustnessProbe(keras.callbacks.Callback):
             )
         return x
 
-    def accuracies(self):
+    def accuracies(self) -> dict[str, float]:
         """Fractions of the probe images: clean, under FGSM, under PGD."""
         return self.measure()[0]
 
-    def measure(self):
+    def measure(self) -> tuple[dict[str, float], float | None]:
         """`accuracies`, and the fraction under the attack of the training (None: it has none)."""
         batches = [slice(i, i + self.batch_size) for i in range(0, len(self.x), self.batch_size)]
         counts = [
@@ -483,7 +623,7 @@ class RobustnessProbe(keras.callbacks.Callback):
         row = {"probe_clean": clean, "probe_fgsm": fgsm, "probe_pgd": pgd}
         return row, rest[0] if rest else None
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         row, training_attack = self.measure()
         if logs is not None:
             logs.update(row)
@@ -502,7 +642,12 @@ class RobustnessProbe(keras.callbacks.Callback):
             self.best = row
         self.good_weights = self.model.get_weights()
 
-    def overfitting(self, row, best, training_attack=None):
+    def overfitting(
+        self,
+        row: dict[str, float],
+        best: dict[str, Any],
+        training_attack: float | None = None,
+    ) -> str | None:
         """The evidence in words, or None."""
         pgd = row["probe_pgd"]
         if pgd < best["probe_pgd"] / 2 and row["probe_fgsm"] > best["probe_fgsm"]:

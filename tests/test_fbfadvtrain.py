@@ -14,7 +14,13 @@ import pytest
 import tensorflow as tf
 
 import fbfadvtrain
-from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe, fgsm_random_start
+from fbfadvtrain import (
+    FastBetterFreeTrainedModel,
+    Refinements,
+    RobustnessProbe,
+    fgsm_from_noise,
+    fgsm_random_start,
+)
 
 EPS, ALPHA = 8 / 255, 10 / 255
 SHAPE = (8, 8, 1)
@@ -65,7 +71,7 @@ def run_python(code, **environment):
         env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -84,27 +90,36 @@ def test_one_step_of_twice_epsilon_reaches_the_worst_case_from_any_start(seed):
     np.testing.assert_allclose(margins(model, x_adv, y), worst_margins(model, x, y), atol=1e-5)
 
 
-def test_the_step_is_the_formula_from_a_start_that_lies_in_the_image():
-    """delta uniform in the ball, clipped to the image; one step; the ball; the image."""
+@pytest.mark.parametrize("noise", [EPS, 2 * EPS])
+def test_the_step_is_the_formula_from_a_start_that_lies_in_the_image(noise):
+    """Noise, the image; one step; the ball, which N-FGSM (of 2 eps) leaves out; the image."""
     model, x, y, seen = linear(keras.Model), images(500, -0.2, 1.2).clip(0, 1), labels(500), []
 
     def recorded(x, training):
         seen.append((np.asarray(x), training))
         return model(x)
 
-    x_adv = fgsm_random_start(
-        recorded, CROSS_ENTROPY, tf.constant(x), y, epsilon=EPS, alpha=ALPHA,
-        seed_generator=keras.random.SeedGenerator(0),
-    )  # fmt: skip
+    arguments = (recorded, CROSS_ENTROPY, tf.constant(x), y)
+    seed_generator = keras.random.SeedGenerator(0)
+    if noise == EPS:
+        x_adv = fgsm_random_start(
+            *arguments, epsilon=EPS, alpha=ALPHA, seed_generator=seed_generator
+        )
+    else:
+        start, x_adv = fgsm_from_noise(
+            *arguments, noise=noise, alpha=ALPHA, ball=None, seed_generator=seed_generator
+        )
+        np.testing.assert_array_equal(start, seen[0][0])
     [(start, training)] = seen
     assert training is True
-    noise = keras.random.uniform(x.shape, -EPS, EPS, seed=keras.random.SeedGenerator(0))
-    np.testing.assert_allclose(start, (x + np.asarray(noise)).clip(0, 1), atol=1e-6)
+    drawn = keras.random.uniform(x.shape, -noise, noise, seed=keras.random.SeedGenerator(0))
+    np.testing.assert_allclose(start, (x + np.asarray(drawn)).clip(0, 1), atol=1e-6)
     kernel = np.asarray(model.layers[-1].kernel)
     away = np.sign(np.where(y[:, None], 1, -1) * (kernel[:, 0] - kernel[:, 1]))  # lowers the margin
-    stepped = start + ALPHA * away.reshape(x.shape)
-    expected = np.clip(np.clip(stepped, x - EPS, x + EPS), 0, 1)
-    np.testing.assert_allclose(x_adv, expected, atol=1e-6)
+    x_expected = start + ALPHA * away.reshape(x.shape)
+    if noise == EPS:
+        x_expected = np.clip(x_expected, x - EPS, x + EPS)
+    np.testing.assert_allclose(x_adv, np.clip(x_expected, 0, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 7])
@@ -193,31 +208,39 @@ def test_the_seed_decides_the_starts():
 
 
 @pytest.mark.filterwarnings("error:The structure of")
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_step_is_the_ordinary_one_on_the_perturbed_batch(weighted):
+@pytest.mark.parametrize("kind", ["plain", "weighted", "refined"])
+def test_a_step_is_the_ordinary_one_on_the_perturbed_batch(kind):
     x, y = images(6), labels(6, classes=3)
-    weight = np.linspace(0.2, 3, 6).astype("float32") if weighted else np.ones(6, "float32")
-    model = small_conv()
+    weight = np.linspace(0.2, 3, 6).astype("float32") if kind == "weighted" else np.ones(6, "f")
+    refinements = Refinements(noise=2, ramp=4, pairing=5, pairing_ramp=6)
+    model = small_conv(**({"refinements": refinements} if kind == "refined" else {}))
     twin = keras.models.clone_model(model.inference_model())
     twin.set_weights(model.get_weights())
     model.compile(keras.optimizers.SGD(0.1), CROSS_ENTROPY)
-    reported = model.train_on_batch(x, y, sample_weight=weight if weighted else None)
+    model.optimizer.iterations.assign(3)
+    reported = model.train_on_batch(x, y, sample_weight=weight if kind == "weighted" else None)
 
-    def cross_entropy(images):
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(y, twin(images, training=True))
+    def cross_entropy(logits):
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits)
 
-    seed_generator = keras.random.SeedGenerator(5)
-    start = tf.clip_by_value(
-        x + keras.random.uniform(x.shape, -EPS, EPS, seed=seed_generator), 0.0, 1.0
-    )
+    refined = kind == "refined"
+    eps, alpha = (0.75 * EPS, 0.75 * ALPHA) if refined else (EPS, ALPHA)  # after 3 of 4 steps
+    noise = keras.random.uniform(x.shape, -1, 1, seed=keras.random.SeedGenerator(5))
+    start = tf.clip_by_value(x + noise * (2 * eps if refined else eps), 0.0, 1.0)
     with tf.GradientTape() as tape:
         tape.watch(start)
-        loss = tf.reduce_mean(cross_entropy(start))
-    x_adv = start + ALPHA * tf.sign(tape.gradient(loss, start))
-    x_adv = tf.clip_by_value(tf.clip_by_value(x_adv, x - EPS, x + EPS), 0.0, 1.0)
+        loss = tf.reduce_mean(cross_entropy(twin(start, training=True)))
+    x_adv = start + alpha * tf.sign(tape.gradient(loss, start))
+    if not refined:
+        x_adv = tf.clip_by_value(x_adv, x - eps, x + eps)
+    x_adv = tf.clip_by_value(x_adv, 0.0, 1.0)
     with tf.GradientTape() as tape:
-        loss = tf.reduce_mean(weight * cross_entropy(x_adv))
+        logits = twin(x_adv, training=True)
+        loss = tf.reduce_mean(weight * cross_entropy(logits))
         objective = loss + tf.add_n(twin.losses)
+        if refined:  # after 3 of 6 steps
+            difference = logits - twin(start, training=True)
+            objective += 0.5 * 5 * tf.reduce_mean(difference**2)
     for variable, gradient in zip(
         twin.trainable_variables, tape.gradient(objective, twin.trainable_variables), strict=True
     ):
@@ -226,7 +249,7 @@ def test_a_step_is_the_ordinary_one_on_the_perturbed_batch(weighted):
     # The adversarial loss alone, without the regulariser.
     assert reported == pytest.approx(float(loss), rel=1e-4)
     assert float(tf.add_n(twin.losses)) > 0.01
-    # Moving statistics are among the weights: both passes of a step have updated them.
+    # Moving statistics are among the weights: all passes of a step have updated them.
     for ours, theirs in zip(model.get_weights(), twin.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -325,6 +348,8 @@ def test_anything_but_one_loss_is_refused(loss):
         ({"alpha": 10}, "from 0 to 1"),
         ({"pixel_range": (1, 0)}, "lowest, highest"),
         ({"pixel_range": (0, float("nan"))}, "lowest, highest"),
+        ({"refinements": {"noise": -1}}, "not negative; received"),
+        ({"refinements": {"pairing": float("inf")}}, "not negative; received"),
     ],
 )
 def test_impossible_settings_are_refused(arguments, match):
@@ -543,12 +568,13 @@ def test_weights_files_go_from_a_trainer_to_a_plain_model_and_back(tmp_path):
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
 def test_a_trained_model_loads_from_either_format(suffix, tmp_path):
     model, x, y = small_conv(pixel_range=(0, 2)), images(6), labels(6, classes=3)
+    model.refinements = Refinements(noise=2, pairing=3.5)
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), CROSS_ENTROPY, metrics=["accuracy"])
     model.train_on_batch(x, y)
     model.save(tmp_path / f"trainer.{suffix}")
     loaded = keras.models.load_model(tmp_path / f"trainer.{suffix}")
     assert type(loaded) is FastBetterFreeTrainedModel
-    assert loaded.get_config()["pixel_range"] == (0, 2)
+    assert loaded.pixel_range == (0, 2) and loaded.refinements == model.refinements
     np.testing.assert_allclose(loaded(x), model(x), rtol=1e-5)
     for ours, theirs in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
         np.testing.assert_array_equal(ours, theirs)

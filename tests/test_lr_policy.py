@@ -10,7 +10,7 @@ from keras import ops
 
 from fbfadvtrain import FastBetterFreeTrainedModel
 from kaf_study import InputError
-from kaf_study.lr_policy import LRFinder, LRFinderResult, TriangularCycle
+from kaf_study.lr_policy import LRFinder, LRFinderResult, TriangularCycle, WarmMeanSGD
 
 matplotlib.use("Agg")
 
@@ -56,6 +56,45 @@ def test_impossible_cycles_are_refused(arguments):
         TriangularCycle(*arguments)
 
 
+# --- WarmMeanSGD
+
+
+def test_the_mean_of_the_weights_forgets_the_first_ones_and_is_resumed(tmp_path):
+    def fit(model, epochs, **kwargs):
+        data = tf.data.Dataset.from_tensors((np.zeros((1, 1), np.float32), np.zeros(1)))
+        model.fit(data, epochs=epochs, verbose=0, **kwargs)
+        return model
+
+    def compiled(momentum):
+        model = quadratic_of(WarmMeanSGD(0.25, use_ema=True, ema_momentum=momentum))
+        model(np.zeros((1, 1)))
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    weights = 4.0 * 0.75 ** np.arange(1, 9)  # after each step
+    for momentum in (0.3, 0.9):
+        mean = weights[0]
+        for step, weight in enumerate(weights[1:], start=1):
+            share = min(momentum, (1 + step) / (10 + step))
+            mean = share * mean + (1 - share) * weight
+        model = fit(compiled(momentum), 8)
+        assert float(model.w) == pytest.approx(mean, rel=1e-5)  # put there at the end of fit
+
+    # Files are written while the training goes on, with the weights as they are.
+    path = tmp_path / "state.weights.h5"
+    keep = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: epoch == 3 and begun.save_weights(path)
+    )
+    begun = compiled(0.9)
+    fit(begun, 4, callbacks=[keep])
+    resumed = compiled(0.9)
+    resumed.load_weights(path)
+    fit(resumed, 8, initial_epoch=4)
+    assert float(resumed.w) == float(model.w)
+    config = keras.saving.serialize_keras_object(model.optimizer)
+    assert type(keras.saving.deserialize_keras_object(config)) is WarmMeanSGD
+
+
 # --- LRFinder
 
 
@@ -71,8 +110,12 @@ class OneVariable(keras.Model):
 
 
 def quadratic(learning_rate=0.5, loss=lambda y, y_pred: y_pred[:, 0], **kwargs):
+    return quadratic_of(keras.optimizers.SGD(learning_rate), loss, **kwargs)
+
+
+def quadratic_of(optimizer, loss=lambda y, y_pred: y_pred[:, 0], **kwargs):
     model = OneVariable()
-    model.compile(keras.optimizers.SGD(learning_rate), loss, **kwargs)
+    model.compile(optimizer, loss, **kwargs)
     return model
 
 
@@ -168,8 +211,6 @@ def test_several_inputs_are_counted_by_their_rows():
     x["right"] = x["right"].to_frame()
     result = LRFinder(several_inputs()).find(x, np.zeros(10), epochs=1, batch_size=4)
     assert len(result.losses) == 3
-    result = LRFinder(several_inputs()).find(list(x.values()), np.zeros(10), epochs=1, batch_size=5)
-    assert len(result.losses) == 2
     x["left"] = x["left"][:7]
     with pytest.raises(InputError, match=r"received \[7, 10\] images and \[10\] labels"):
         LRFinder(several_inputs()).find(x, np.zeros(10))

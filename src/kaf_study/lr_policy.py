@@ -1,13 +1,15 @@
 """The learning rate: a triangular cycle, and the range test that finds its bounds.
 
 Smith 2017, "Cyclical learning rates for training neural networks" (WACV); one cycle over the whole
-training, as in Wong, Rice & Kolter 2020.
+training, as in Wong, Rice & Kolter 2020. Also the running mean of the weights that such a cycle
+passes through.
 """
 
 import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -33,7 +35,9 @@ class TriangularCycle(keras.optimizers.schedules.LearningRateSchedule):
         start: where the first rate lies between min_lr (0) and max_lr (1).
     """
 
-    def __init__(self, min_lr, max_lr, steps, peak=0.5, start=0.0):
+    def __init__(
+        self, min_lr: float, max_lr: float, steps: int, peak: float = 0.5, start: float = 0.0
+    ) -> None:
         super().__init__()
         if not 0 <= min_lr <= max_lr < math.inf or max_lr == 0:
             raise InputError(
@@ -51,14 +55,14 @@ class TriangularCycle(keras.optimizers.schedules.LearningRateSchedule):
         self.peak = float(peak)
         self.start = float(start)
 
-    def __call__(self, step):
+    def __call__(self, step: Any) -> Any:
         done = ops.cast(step, "float32") / self.steps  # fraction of the cycle
         up = self.start + (1.0 - self.start) * done / self.peak
         down = (1.0 - done) / (1.0 - self.peak)
         height = ops.maximum(ops.minimum(up, down), 0.0)
         return self.min_lr + (self.max_lr - self.min_lr) * height
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "min_lr": self.min_lr,
             "max_lr": self.max_lr,
@@ -66,6 +70,26 @@ class TriangularCycle(keras.optimizers.schedules.LearningRateSchedule):
             "peak": self.peak,
             "start": self.start,
         }
+
+
+@keras.saving.register_keras_serializable(package="robust_activations")
+class WarmMeanSGD(keras.optimizers.SGD):
+    """SGD whose running mean of the weights (`use_ema`) soon forgets the first ones.
+
+    In step t = 0, 1, ... the mean so far weighs min(ema_momentum, (1 + t) / (10 + t)), in the first
+    nothing; TensorFlow's ExponentialMovingAverage has this as `num_updates`. At a constant 0.9995
+    half of a short training lies in the mean. All else is Keras': the mean is kept in the
+    optimizer's variables and files and put into the model at the end of `fit`.
+    """
+
+    def _update_model_variables_moving_average(self, trainable_variables):
+        step = ops.cast(self.iterations, "float32")
+        momentum = ops.minimum(self.ema_momentum, (1 + step) / (10 + step))
+        momentum = ops.where(step > 0, momentum, 0.0)
+        for weight, mean in zip(
+            trainable_variables, self._model_variables_moving_average, strict=True
+        ):
+            mean.assign(momentum * mean + (1 - momentum) * weight)
 
 
 @dataclass(frozen=True)
@@ -84,7 +108,7 @@ class LRFinderResult:
     growth: str = "exponential"
 
     @property
-    def smoothed(self):
+    def smoothed(self) -> np.ndarray:
         """Losses under a Gaussian window of 2 % of the test (at least 1 batch), without a lag."""
         # A batch whose loss is not finite is left out; it can only be the last.
         losses = self.losses[np.isfinite(self.losses)]
@@ -94,7 +118,7 @@ class LRFinderResult:
         return window @ losses / window.sum(axis=1)
 
     @property
-    def noise(self):
+    def noise(self) -> tuple[float, float]:
         """(of a batch's loss, of the smoothed loss): standard deviations, around the latter.
 
         Until its minimum: beyond, the loss explodes.
@@ -106,7 +130,7 @@ class LRFinderResult:
         return batch, batch / math.sqrt(2 * math.sqrt(math.pi) * width)
 
     @property
-    def suggestion(self):
+    def suggestion(self) -> tuple[float, float]:
         """(min_lr, max_lr) for a triangular cycle.
 
         Smith 2017, section 3.3: the lower bound where the loss begins to fall, the upper one where
@@ -126,7 +150,7 @@ class LRFinderResult:
         low, high = int(np.argmax(progress >= 0.1)), int(np.argmax(progress >= 0.9))
         return float(self.lrs[low]), float(self.lrs[high])
 
-    def plot(self, ax=None):
+    def plot(self, ax: Any = None) -> Any:
         """Loss against learning rate, with the suggested bounds; returns the Matplotlib axes."""
         import matplotlib.pyplot as plt
 
@@ -165,22 +189,22 @@ class LRFinder:
     would otherwise spend nearly all batches in its last decade.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: keras.Model) -> None:
         self.model = model
 
     def find(
         self,
-        x,
-        y=None,
+        x: Any,
+        y: Any = None,
         *,
-        min_lr=1e-4,
-        max_lr=3.0,
-        epochs=5,
-        steps=None,
-        batch_size=128,
-        growth="exponential",
-        seed=0,
-    ):
+        min_lr: float = 1e-4,
+        max_lr: float = 3.0,
+        epochs: int = 5,
+        steps: int | None = None,
+        batch_size: int = 128,
+        growth: str = "exponential",
+        seed: int = 0,
+    ) -> LRFinderResult:
         """Run the test.
 
         Args:
@@ -208,12 +232,12 @@ class LRFinder:
         steps = _count_steps(x, y, epochs, steps, batch_size)
         space = np.geomspace if growth == "exponential" else np.linspace
         lrs = space(min_lr, max_lr, steps)
-        data = _endless_batches(x, y, batch_size, seed)
-
         model, optimizer = self.model, self.model.optimizer
-        recorder = _RangeTest(lrs)
         strategy = model.distribute_strategy
-        with strategy.scope() if strategy.num_replicas_in_sync > 1 else nullcontext():
+        is_distributed = strategy.num_replicas_in_sync > 1
+        data = _endless_batches(x, y, batch_size, seed, as_dataset=is_distributed)
+        recorder = _RangeTest(lrs)
+        with strategy.scope() if is_distributed else nullcontext():
             if not model.built:
                 # A subclassed model has no weights to keep before its first batch.
                 first, data = _peeked(data)
@@ -355,8 +379,11 @@ def _count_steps(x, y, epochs, steps, batch_size):
     return steps
 
 
-def _endless_batches(x, y, batch_size, seed):
-    """Batches without an end; arrays come in a new order in each pass."""
+def _endless_batches(x, y, batch_size, seed, as_dataset):
+    """Batches without an end; arrays come in a new order in each pass.
+
+    as_dataset: of arrays; where there are replicas, Keras loses batches of a generator.
+    """
     if isinstance(x, tf.data.Dataset):
         return x.repeat()
     if isinstance(x, keras.utils.PyDataset):
@@ -372,7 +399,12 @@ def _endless_batches(x, y, batch_size, seed):
                 rows = order[start : start + batch_size]
                 yield keras.tree.map_structure(lambda part: part[rows], (x, y))  # noqa: B023
 
-    return shuffled()
+    if not as_dataset:
+        return shuffled()
+    rows = keras.tree.map_structure(
+        lambda part: tf.TensorSpec((None, *part.shape[1:]), part.dtype), (x, y)
+    )
+    return tf.data.Dataset.from_generator(shuffled, output_signature=rows)
 
 
 def _peeked(data):
