@@ -20,6 +20,7 @@ from argparse import Namespace, RawDescriptionHelpFormatter, _ArgumentGroup
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -35,6 +36,11 @@ from kaf_study.attacks.registry import (
     check_count,
 )
 from kaf_study.records import make_writable, write_atomically
+
+if TYPE_CHECKING:
+    from kaf_study.evaluation import ImageSet
+    from kaf_study.sanity_checks import CheckReport
+    from kaf_study.saved_models import LoadedModel, Opening
 
 CHECK_N = 64
 MOST_N = 1_000_000  # more than any test set here; what is beyond is a slip of the keyboard
@@ -113,8 +119,8 @@ def add_model_options(parser: _ArgumentGroup) -> None:
     )
 
 
-def opening_of(arguments: Namespace):
-    """How to open the models, as an `Opening`."""
+def opening_of(arguments: Namespace) -> "Opening":
+    """How to open the models."""
     from kaf_study.saved_models import Network, Opening, PixelRange
 
     named = arguments.architecture, arguments.activation
@@ -236,7 +242,9 @@ def check_counts(arguments: Namespace, default_n: int) -> None:
         check_count("--save-examples", arguments.save_examples, 1, MOST_N)
 
 
-def opened(arguments: Namespace, stack: ExitStack):
+def opened(
+    arguments: Namespace, stack: ExitStack
+) -> "tuple[list[LoadedModel], dict[str, ImageSet]]":
     """The models, and {data set: ImageSet}; all is opened before anything is attacked."""
     from kaf_study import evaluation
     from kaf_study.saved_models import open_model
@@ -302,12 +310,14 @@ def refuse_ignored(arguments: Namespace) -> None:
         raise InputError(f"--check does not use {', '.join(given)}; leave it out, or --check")
 
 
-def save_report(report, model, images, settings: AttackSettings, folder: Path) -> Path:
-    """Keep a `CheckReport` as .json, and its curve as .png beside; returns the path of the first.
-
-    Args:
-        model, images: the `LoadedModel` and the `ImageSet` that were checked.
-    """
+def save_report(
+    report: "CheckReport",
+    model: "LoadedModel",
+    images: "ImageSet",
+    settings: AttackSettings,
+    folder: Path,
+) -> Path:
+    """Keep a report as .json, and its curve as .png beside; returns the path of the first."""
     from kaf_study import figures
 
     record = {
@@ -335,12 +345,14 @@ def save_report(report, model, images, settings: AttackSettings, folder: Path) -
     return path
 
 
-def save_examples(model, images, result: records.Evaluation, folder: Path, count: int) -> str:
-    """Draw the first `count` fallen images beside the result; the line that says where.
-
-    Args:
-        model, images: the `LoadedModel` and the `ImageSet` that were attacked.
-    """
+def save_examples(
+    model: "LoadedModel",
+    images: "ImageSet",
+    result: records.Evaluation,
+    folder: Path,
+    count: int,
+) -> str:
+    """Draw the first `count` fallen images beside the result; the line that says where."""
     import numpy as np
 
     from kaf_study import datasets, figures
@@ -370,8 +382,8 @@ def _dataset(model, arguments):
     return arguments.dataset or model.dataset or "cifar10"
 
 
-def test_images(name: str, arguments: Namespace):
-    """The first n test images, as an `ImageSet`."""
+def test_images(name: str, arguments: Namespace) -> "ImageSet":
+    """The first n test images."""
     from kaf_study import datasets
     from kaf_study.evaluation import ImageSet
 

@@ -164,7 +164,7 @@ def _forget_gradient(node):
 # --------------------------------------------------------------------------- from a function
 
 
-def attackable(concrete, argument: str | None = None) -> tuple[Callable, list[str]]:
+def attackable(concrete: Callable, argument: str | None = None) -> tuple[Callable, list[str]]:
     """A concrete function (images -> outputs) as what is best attacked, and what was done to it.
 
     Where the function has custom gradients, the derivative of the forward graph is taken only if

@@ -83,7 +83,7 @@ class Rescaled:
         return x * tf.constant(self.range.scale, x.dtype) + tf.constant(self.range.offset, x.dtype)
 
     @property
-    def input_shape(self):
+    def input_shape(self) -> tuple[int | None, ...] | None:
         return getattr(self.model, "input_shape", None)
 
 
