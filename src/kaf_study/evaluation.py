@@ -161,15 +161,15 @@ def evaluate(
     again = classifier.predict(state.x_adv, execution.batch_size).argmax(axis=-1)
 
     images = _image_table(y, clean, settings, state, linf)
-    counted = Evaluation(images, {}, state.x_adv)
-    summary = _summary(settings, members, counted, state, subject, data, execution.batch_size) | {
+    result = Evaluation(images, {}, state.x_adv)
+    summary = _summary(settings, members, result, state, subject, data, execution.batch_size) | {
         "outputs": outputs,
         # Not 0: float rounding at a decision boundary, or (if many) a randomised model.
         "attacked_predictions_not_reproduced": int((again != state.prediction).sum()),
         "gradient_calls": state.gradient_calls,  # batches; interrupted restarts not counted
         "seconds": round(float(state.seconds.sum()), 1),
     }
-    return replace(counted, summary=summary)
+    return replace(result, summary=summary)
 
 
 def _check_images(x, y):

@@ -28,6 +28,7 @@ import pandas as pd
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from kaf_study import InputError
+from kaf_study.attacks.registry import ATTACKS
 from kaf_study.config import TrainConfig
 from kaf_study.files import MAX_RECORD_BYTES, make_writable, read_bytes, write_atomically
 
@@ -35,8 +36,6 @@ FORMAT = "robustness-1"
 ROWS_IN_PLAIN_TEXT = 1000  # more are compressed
 PERTURBATION_TOLERANCE = 1e-6  # of linf above epsilon: float32 rounding
 CLASSES = {"cifar10": 10, "digits": 10}  # where a data set is known, labels are below
-# Attacks whose iterates go on after `steps`: by a final search, by a look before the long one
-LONGER_THAN_STEPS = ("fab-t", "margin-t")
 
 COLUMNS = [
     "model",
@@ -431,7 +430,8 @@ def _fault_of_falls(images: pd.DataFrame, summary: dict[str, Any]) -> str | None
     for member in attack.get("members", [attack]):
         rows = felled[member["name"]]
         for name, least, setting in (("restart", 1, "restarts"), ("iteration", 0, "steps")):
-            is_longer = name == "iteration" and member["name"] in LONGER_THAN_STEPS
+            attacked_by = ATTACKS.get(member["name"])
+            is_longer = name == "iteration" and attacked_by and attacked_by.searches_on
             most = np.inf if is_longer else member.get(setting) or np.inf
             if not rows[name].between(least, most).all():
                 return f"{name} lies outside {least} to {most} for {member['name']}"

@@ -39,6 +39,7 @@ class Attack:
     is_random: if not, a restart or a seed would change nothing.
     labels: the protocols it exists for.
     classes: how many the model must have. is_targeted: a restart is one of its other classes.
+    searches_on: its points go on after `steps`, by a final search or a look before the long one.
     members: of a suite, which has no class of its own: (name, settings that differ from its own).
     """
 
@@ -52,6 +53,7 @@ class Attack:
     labels: tuple[str, ...] = ("true",)
     classes: int = 2
     is_targeted: bool = False
+    searches_on: bool = False
     arguments: dict = field(default_factory=dict)
     members: tuple[tuple[str, dict], ...] = ()
 
@@ -94,6 +96,7 @@ ATTACKS = {
         steps=100,  # of the long look
         restarts=3,  # as in apgd-t
         is_targeted=True,
+        searches_on=True,
     ),
     "fab-t": Attack(
         "kaf_study.attacks.fab",
@@ -102,6 +105,7 @@ ATTACKS = {
         restarts=9,  # as in apgd-t
         is_random=False,
         is_targeted=True,
+        searches_on=True,
     ),
     "square": Attack("kaf_study.attacks.square", "square.Square", steps=1000),  # queries
     "square-5000": Attack(
