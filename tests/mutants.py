@@ -26,12 +26,17 @@ TESTS = {  # module -> its own tests
     "src/kernel_expansion.py": ["test_kernel_expansion.py", "test_backends.py"],
     "src/activationsf.py": ["test_activationsf.py"],
     "src/fbfadvtrain.py": ["test_fbfadvtrain.py"],
+    "src/kaf_study/attacks/registry.py": ["test_registry.py"],
+    "src/kaf_study/attacks/loop.py": ["test_attacks.py"],
     "src/kaf_study/attacks/pgd.py": ["test_attacks.py"],
+    "src/kaf_study/attacks/fab.py": ["test_fab.py"],
+    "src/kaf_study/attacks/rapid.py": ["test_rapid.py"],
     "src/kaf_study/attacks/apgd.py": ["test_apgd.py"],
     "src/kaf_study/attacks/square.py": ["test_square.py"],
     "src/kaf_study/evaluation.py": ["test_evaluation.py"],
     "src/kaf_study/records.py": ["test_records.py"],
     "src/kaf_study/paired.py": ["test_paired.py"],
+    "src/kaf_study/seeds.py": ["test_seeds.py"],
 }
 TIMEOUT = 600  # seconds for the tests of one mutant; a mutant that hangs is killed
 

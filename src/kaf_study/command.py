@@ -13,7 +13,6 @@ goes on after the last finished restart. How images are counted, under true and 
 labels, is written in kaf_study/evaluation.py.
 """
 
-import json
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter, _ArgumentGroup
@@ -35,7 +34,7 @@ from kaf_study.attacks.registry import (
     AttackSettings,
     check_count,
 )
-from kaf_study.records import make_writable, write_atomically
+from kaf_study.records import make_writable, write_json
 
 if TYPE_CHECKING:
     from kaf_study.evaluation import ImageSet
@@ -339,8 +338,9 @@ def save_report(
     }
     stem = settings.stem(len(images.x), images.dataset).replace("pgd", "checks", 1)
     path = folder / f"{stem}.json"
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
-    axes = figures.robustness_curve({model.name: report.curve})
+    write_json(path, record, indent=2)
+    activation = model.training["settings"]["activation"] if model.training else None
+    axes = figures.robustness_curve({model.name: figures.Line(report.curve, activation)})
     figures.save(axes.figure, path.with_suffix(".png"))
     return path
 
