@@ -11,6 +11,7 @@ import functools
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -26,6 +27,9 @@ from kernel_expansion import (
     ridge_coefficients,
     rule_of_thumb_bandwidth,
 )
+
+Function = str | Callable | dict  # an activation as Keras has it: by name, itself, its config
+Shape = tuple[int | None, ...]
 
 
 @keras.saving.register_keras_serializable(package="robust_activations")
@@ -70,17 +74,17 @@ class Kaf(keras.layers.Layer):
 
     def __init__(
         self,
-        D=20,
-        ridge=None,
-        base=None,
-        moving=False,
-        boundary=3.0,
-        kernel="gaussian",
-        bandwidth=None,
-        alpha_initializer=None,
-        alpha_regularizer=None,
-        alpha_constraint=None,
-        **kwargs,
+        D: int = 20,
+        ridge: Function | None = None,
+        base: Function | None = None,
+        moving: bool = False,
+        boundary: float = 3.0,
+        kernel: str = "gaussian",
+        bandwidth: float | None = None,
+        alpha_initializer: str | keras.Initializer | None = None,
+        alpha_regularizer: str | keras.Regularizer | None = None,
+        alpha_constraint: str | Callable | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if not _is_number(D, numbers.Integral) or D < 2:
@@ -129,7 +133,7 @@ class Kaf(keras.layers.Layer):
     def _initial_dictionary(self):
         return equally_spaced_dictionary(self.D, self.boundary)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         channels = input_shape[-1] if len(input_shape) >= 2 else None
         if channels is None:
             raise ValueError(
@@ -166,7 +170,7 @@ class Kaf(keras.layers.Layer):
         super().build(input_shape)
 
     @property
-    def gamma(self):
+    def gamma(self) -> Any:
         """Bandwidth: a number, or (C,) and positive where it is trained; None without one."""
         if self.kernel != "gaussian":
             return None
@@ -176,7 +180,7 @@ class Kaf(keras.layers.Layer):
     def _sum_dtype(self):
         return "float64" if self.compute_dtype == "float64" else "float32"
 
-    def share_outside(self, x) -> float:
+    def share_outside(self, x: Any) -> float:
         """Share of the values of x (..., C) that lie outside the dictionary; the layer is built."""
         d = ops.convert_to_numpy(self.dictionary) if self.moving else self._initial_dictionary
         x = ops.convert_to_numpy(x)
@@ -196,7 +200,7 @@ class Kaf(keras.layers.Layer):
                 stacklevel=2,
             )
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         x = ops.cast(inputs, self._sum_dtype)
         self._check_range(x)
         alpha = ops.convert_to_tensor(self.alpha)
@@ -215,14 +219,14 @@ class Kaf(keras.layers.Layer):
             )
         return ops.cast(y, self.compute_dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         return super().from_config(_without_conv(config))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "D": self.D,
@@ -296,7 +300,7 @@ def _per_channel(values):
     return initializer
 
 
-def kth_largest(x, k):
+def kth_largest(x: Any, k: Any) -> Any:
     """The k-th largest value of each row; (B, 1) of x (B, size), for a scalar k in 1..size.
 
     By bisection until no other floating-point number lies between the bounds, hence exact. Some 30
@@ -342,7 +346,7 @@ class Kwta(keras.layers.Layer):
         data_format: accepted and checked; the winners are the same in either order.
     """
 
-    def __init__(self, ratio=0.2, data_format="channels_last", **kwargs):
+    def __init__(self, ratio: float = 0.2, data_format: str = "channels_last", **kwargs: Any):
         super().__init__(**kwargs)
         if not (_is_number(ratio) and 0 < ratio <= 1):
             raise ValueError(f"Kwta's ratio is a fraction in (0, 1]; received {ratio!r}.")
@@ -354,7 +358,7 @@ class Kwta(keras.layers.Layer):
         self.data_format = data_format
         self.supports_masking = True
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.ratio = self.add_weight(
             name="ratio",
             shape=(),
@@ -365,7 +369,7 @@ class Kwta(keras.layers.Layer):
         )
         super().build(input_shape)
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         x = ops.reshape(inputs, (ops.shape(inputs)[0], -1))  # (B, size)
         size = ops.cast(ops.shape(x)[-1], "float32")
         # 0.15 * 100 is 15.000001 in float32 and must count as 15.
@@ -379,14 +383,14 @@ class Kwta(keras.layers.Layer):
         is_kept = ops.logical_or(is_winner, ops.isnan(x))  # a diverged network shall show
         return ops.reshape(ops.where(is_kept, x, ops.zeros_like(x)), ops.shape(inputs))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         return super().from_config(_without_conv(config))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "ratio": self.initial_ratio,
@@ -401,7 +405,7 @@ class AnnealKwta(keras.callbacks.Callback):
     0.15. Give `start` the epoch at which the fine-tuning begins.
     """
 
-    def __init__(self, step=0.01, every=2, final=0.15, start=0):
+    def __init__(self, step: float = 0.01, every: int = 2, final: float = 0.15, start: int = 0):
         super().__init__()
         if step <= 0 or every < 1 or not 0 < final <= 1:
             raise ValueError(
@@ -410,10 +414,10 @@ class AnnealKwta(keras.callbacks.Callback):
             )
         self.step, self.every, self.final, self.start = step, every, final, start
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         self.layers = [layer for layer in self.model._flatten_layers() if isinstance(layer, Kwta)]
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         if epoch > self.start and (epoch - self.start) % self.every == 0:
             for layer in self.layers:
                 ratio = float(ops.convert_to_numpy(layer.ratio))
@@ -436,7 +440,7 @@ ACTIVATIONS = {
 }
 
 
-def activation(name):
+def activation(name: str) -> keras.layers.Layer:
     """A fresh layer for each name in this study's tables: relu, elu, swish, kaf, kaf_relu, ...
 
     Raises:

@@ -245,6 +245,8 @@ class FastBetterFreeTrainedModel(keras.Model):
         refinements: Refinements, or a dict of its fields.
     """
 
+    train_function: Callable | None  # Keras' own
+
     def __init__(
         self,
         inputs: Any,
@@ -541,7 +543,7 @@ class RobustnessProbe(keras.callbacks.Callback):
         self.epsilon, self.alpha, self.steps = epsilon, alpha, steps
         self.batch_size, self.seed = batch_size, seed
         self.best = max(history, key=lambda row: row["probe_pgd"], default=None)
-        self.overfitted_in_epoch = None
+        self.overfitted_in_epoch: int | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self.good_weights = self.model.get_weights()

@@ -16,35 +16,39 @@ lie (D, C) so that the channels, which are last in x, are contiguous.
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+Tensor = Any  # of the backend
+
 RIDGE_EPSILON = 1e-6  # the thesis's; the KAF authors' code has 1e-5 (Keras, TF) or 1e-4 (PyTorch)
 
 
-def equally_spaced_dictionary(D, boundary):
+def equally_spaced_dictionary(D: int, boundary: float) -> np.ndarray:
     """D points on [-boundary, boundary], float64 (D,): symmetric about 0, step 2 boundary/(D-1)."""
     return np.linspace(-boundary, boundary, D)
 
 
-def rule_of_thumb_bandwidth(D, boundary):
+def rule_of_thumb_bandwidth(D: int, boundary: float) -> float:
     """gamma = 1 / (6 step^2): Kafnets eq. 15. The KAF authors' code has 1 / (8 step^2)."""
     step = 2 * boundary / (D - 1)
     return 1 / (6 * step**2)
 
 
-def gaussian(difference, gamma):
+def gaussian(difference: Tensor, gamma: Tensor) -> Tensor:
     return ops.exp(-gamma * ops.square(difference))
 
 
-def relu_spline(difference, gamma):
+def relu_spline(difference: Tensor, gamma: Tensor) -> Tensor:
     """max(x - d, 0), of the KAF authors' code; no bandwidth."""
     return ops.relu(difference)
 
 
-def softplus(difference, gamma):
+def softplus(difference: Tensor, gamma: Tensor) -> Tensor:
     """log(1 + exp(x - d)), of the KAF authors' code; no bandwidth."""
     return ops.softplus(difference)
 
@@ -52,7 +56,9 @@ def softplus(difference, gamma):
 KERNELS = {"gaussian": gaussian, "relu": relu_spline, "softplus": softplus}
 
 
-def plain_expansion(x, alpha, dictionary, gamma, kernel="gaussian"):
+def plain_expansion(
+    x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor, kernel: str = "gaussian"
+) -> Tensor:
     """sum_i alpha_i kappa(x, d_i), written as its formula. (..., C) -> (..., C)."""
     if len(ops.shape(dictionary)) == 1:
         dictionary = ops.expand_dims(dictionary, -1)  # (D, 1)
@@ -61,7 +67,13 @@ def plain_expansion(x, alpha, dictionary, gamma, kernel="gaussian"):
     return ops.sum(alpha * kappa, axis=-2)
 
 
-def ridge_coefficients(target, dictionary, gamma, kernel="gaussian", epsilon=RIDGE_EPSILON):
+def ridge_coefficients(
+    target: Callable,
+    dictionary: np.ndarray,
+    gamma: float,
+    kernel: str = "gaussian",
+    epsilon: float = RIDGE_EPSILON,
+) -> np.ndarray:
     """alpha = (K + epsilon I)^-1 t with t_i = target(d_i): a KAF that starts as `target`.
 
     Kafnets eq. 16. The system is ill-conditioned, so it is solved in float64 on the host; the
@@ -94,12 +106,19 @@ def ridge_coefficients(target, dictionary, gamma, kernel="gaussian", epsilon=RID
     return np.linalg.solve(matrix + epsilon * np.eye(len(d)), t)
 
 
-def plus(base, x, y):
+def plus(base: Callable | None, x: Tensor, y: Tensor) -> Tensor:
     """base(x) + y; y where there is no base."""
     return y if base is None else base(x) + y
 
 
-def gaussian_expansion(x, alpha, *, boundary, gamma, base=None):
+def gaussian_expansion(
+    x: Tensor,
+    alpha: Tensor,
+    *,
+    boundary: float,
+    gamma: float,
+    base: Callable | None = None,
+) -> Tensor:
     """sum_i alpha_i exp(-gamma (x - d_i)^2) over the equally spaced dictionary on [-b, b].
 
     In float32: two exponentials and two short polynomials instead of D exponentials (see
@@ -129,7 +148,9 @@ def gaussian_expansion(x, alpha, *, boundary, gamma, base=None):
     return _on_rows(expansion, x, alpha)
 
 
-def moving_gaussian_expansion(x, alpha, dictionary, gamma, base=None):
+def moving_gaussian_expansion(
+    x: Tensor, alpha: Tensor, dictionary: Tensor, gamma: Tensor, base: Callable | None = None
+) -> Tensor:
     """The same with a dictionary (D, C) and a bandwidth gamma (C,) that are trained as well.
 
     Its points are not equally spaced, so the D exponentials stay, but none of them is stored.
@@ -216,7 +237,7 @@ def _times_power_of_2(x, n):
     return x * tf.bitcast((n + 127) * (1 << 23), tf.float32)
 
 
-def exp2(z):
+def exp2(z: Tensor) -> Tensor:
     """2^z for -127.49 <= z <= 127; 0 below -126.5."""
     n = tf.round(z)
     return _times_power_of_2(_horner(_exp2_polynomial(), z - n), tf.cast(n, tf.int32))

@@ -20,7 +20,9 @@ from kernel_expansion import exp2
 class FusedBatchNormalization(keras.layers.BatchNormalization):
     """keras.layers.BatchNormalization with TensorFlow's fused kernel in training mode."""
 
-    def call(self, inputs, training=None, mask=None):
+    def call(
+        self, inputs: tf.Tensor, training: bool | None = None, mask: tf.Tensor | None = None
+    ) -> tf.Tensor:
         if not (training and self.trainable):
             return super().call(inputs, training=training, mask=mask)
         outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
@@ -41,7 +43,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
 class FusedSwish(keras.layers.Layer):
     """x sigmoid(x); only x is kept for the backward pass."""
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         return _swish(inputs)
 
 
@@ -58,7 +60,7 @@ def _swish(x):
     return tf.nn.silu(x), lambda upstream: _swish_gradient(x, upstream)
 
 
-def fused(model):
+def fused(model: keras.Model) -> keras.Model:
     """A twin of `model` with fused batch normalisation and Swish, and copies of its weights.
 
     Where there is no fused form (another axis, mixed precision, renorm), Keras' layer stays.

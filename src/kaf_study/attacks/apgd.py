@@ -91,7 +91,7 @@ class APGD(BatchAttack):
         start = random_starts(x, images, epsilon=self.epsilon, seed=seed, restart=restart)
         return self.begin_at(start, x, y, self._targets(x, y, restart))
 
-    def begin_at(self, x_adv, x, y, target):
+    def begin_at(self, x_adv: np.ndarray, x: np.ndarray, y: np.ndarray, target: np.ndarray):
         """The state whose first points are x_adv (B, H, W, C)."""
         n = len(x)
         return {

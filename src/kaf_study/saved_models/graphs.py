@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -164,7 +165,7 @@ def _forget_gradient(node):
 # --------------------------------------------------------------------------- from a function
 
 
-def attackable(concrete: Callable, argument: str | None = None) -> tuple[Callable, list[str]]:
+def attackable(concrete: Any, argument: str | None = None) -> tuple[Callable, list[str]]:
     """A concrete function (images -> outputs) as what is best attacked, and what was done to it.
 
     Where the function has custom gradients, the derivative of the forward graph is taken only if
