@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from kaf_study.attacks.classifier import CompiledClassifier, cross_entropy
-from kaf_study.attacks.loop import BatchAttack, per_image, project, random_starts
+from kaf_study.attacks.loop import BatchAttack, State, per_image, project, random_starts
 
 MOMENTUM = 0.75  # alpha of the paper, weight of the new step against the last one
 PROGRESS = 0.75  # rho: halve the step where fewer than this fraction of the steps made progress
@@ -91,7 +91,9 @@ class APGD(BatchAttack):
         start = random_starts(x, images, epsilon=self.epsilon, seed=seed, restart=restart)
         return self.begin_at(start, x, y, self._targets(x, y, restart))
 
-    def begin_at(self, x_adv: np.ndarray, x: np.ndarray, y: np.ndarray, target: np.ndarray):
+    def begin_at(
+        self, x_adv: np.ndarray, x: np.ndarray, y: np.ndarray, target: np.ndarray
+    ) -> State:
         """The state whose first points are x_adv (B, H, W, C)."""
         n = len(x)
         return {
