@@ -226,9 +226,14 @@ def test_probabilities_are_attacked_as_their_logits(cnn, data, true_result):
     def function(x, training=False):
         return softmax(x, training=training)
 
-    hidden = evaluate(function, *data, QUICK)
-    assert hidden.summary["outputs"] == "probabilities"
-    pd.testing.assert_frame_equal(plain.images, hidden.images)
+    def spelled_out(x, training=False):
+        e = tf.exp(cnn(x, training=training))
+        return e / tf.reduce_sum(e, axis=-1, keepdims=True)
+
+    for model, outputs in ((function, "softmax removed"), (spelled_out, "probabilities")):
+        hidden = evaluate(model, *data, QUICK)
+        assert hidden.summary["outputs"] == outputs
+        pd.testing.assert_frame_equal(plain.images, hidden.images)
 
 
 # --- interruption

@@ -30,9 +30,14 @@ def test_defaults_are_the_published_attacks():
         "apgd-ce": (100, 1),
         "apgd-dlr": (100, 1),
         "apgd-t": (100, 9),
+        "margin-t": (100, 3),
+        "fab-t": (100, 9),
         "square": (1000, 1),
+        "square-5000": (5000, 1),
         "deepfool": (50, 1),
         "cw": (40, 1),
+        "autoattack": (None, None),
+        "rapid": (None, None),
         "suite": (None, None),
     }
 

@@ -154,14 +154,11 @@ def _joined(state, new):
 
 
 def padded_size(count: int, batch_size: int) -> int:
-    """The batch shape for `count` images: `batch_size`, or a part of it down to an eighth.
+    """The batch shape for `count` images: `batch_size`, or a half, a quarter or an eighth of it.
 
-    Shapes are few, because a layer that XLA compiles is compiled anew for each; the parts are such
-    that at most a third of a batch is padding (above an eighth of `batch_size`).
+    Shapes are few, because a layer that XLA compiles is compiled anew for each.
     """
-    return min(
-        size for part in (2, 3, 4, 6, 8, 12, 16) if (size := batch_size * part // 16) >= count
-    )
+    return min(size for part in (1, 2, 4, 8) if (size := max(1, batch_size // part)) >= count)
 
 
 def random_start(
