@@ -5,6 +5,7 @@ Imports kernel_expansion, activationsf and fbfadvtrain; they never import it.
 
 import argparse
 import os
+import sys
 from typing import NoReturn
 
 # XLA keeps to 256-bit vectors unless told; on processors with AVX-512, 512 bits make the compiled
@@ -26,6 +27,11 @@ class InputError(ValueError):
 
     Commands print it and exit with code 2; from Python it is an ordinary ValueError.
     """
+
+
+def called_as(script: str, otherwise: str) -> str:
+    """The name of a command: `script` where it was called by that installed script."""
+    return script if os.path.basename(sys.argv[0]) == script else otherwise
 
 
 class CommandParser(argparse.ArgumentParser):

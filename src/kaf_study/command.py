@@ -25,7 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # After the log level, which TensorFlow reads once; TensorFlow itself is imported in `run`, when
 # the settings are known to be possible.
-from kaf_study import CommandParser, InputError, records
+from kaf_study import CommandParser, InputError, called_as, records
 from kaf_study.attacks.registry import (
     ATTACKS,
     DEFAULT_N,
@@ -34,7 +34,8 @@ from kaf_study.attacks.registry import (
     AttackSettings,
     check_count,
 )
-from kaf_study.records import make_writable, write_json
+from kaf_study.files import make_writable
+from kaf_study.records import write_json
 
 if TYPE_CHECKING:
     from kaf_study.evaluation import ImageSet
@@ -47,8 +48,7 @@ MOST_N = 1_000_000  # more than any test set here; what is beyond is a slip of t
 
 def prog() -> str:
     """The command as it was called."""
-    called = Path(sys.argv[0]).name
-    return called if called == "kaf-evaluate" else "robustness_eval.py"
+    return called_as("kaf-evaluate", "robustness_eval.py")
 
 
 def parse(argv: list[str] | None = None) -> Namespace:

@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from activationsf import AnnealKwta, activation
-from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe, fgsm_random_start
-from kaf_study import InputError
+from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe
+from kaf_study import InputError, called_as
 from kaf_study.architectures import build
 from kaf_study.checkpoint import Checkpoint
 from kaf_study.config import DICTIONARY_SIZE, TrainConfig, config_of, parse, recipe
@@ -256,10 +256,7 @@ def reestimate_batch_norm(model: keras.Model, batches: tf.data.Dataset) -> None:
     for done, (x, y) in enumerate(batches):
         if isinstance(model, FastBetterFreeTrainedModel):
             keep(1.0)
-            x = fgsm_random_start(
-                model, model.loss_fn, x, y, epsilon=model.eps, alpha=model.alpha,
-                seed_generator=model.seed_generator,
-            )  # fmt: skip
+            _, x = model.perturbed(x, y)
         keep(done / (done + 1))
         model(x, training=True)
     for layer, momentum in zip(layers, momenta, strict=True):
@@ -297,8 +294,7 @@ def measured(
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0; 2 if something cannot be used; 130 if interrupted."""
-    is_script = Path(sys.argv[0]).name == "kaf-train"
-    prog = "kaf-train" if is_script else "python -m kaf_study.train"
+    prog = called_as("kaf-train", "python -m kaf_study.train")
     args = parse(argv, prog)
     try:
         train(config_of(args), args.out, data_dir=args.data_dir, force=args.force)
