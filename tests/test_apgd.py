@@ -1,11 +1,13 @@
 """Auto-PGD: its losses are ART's, its iterates those of a plain reading of Algorithm 1."""
 
+import functools
 import itertools
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import toys
 from art.attacks.evasion import AutoProjectedGradientDescent
 from art.estimators.classification import TensorFlowV2Classifier
 
@@ -36,14 +38,7 @@ def classifier():
     return CompiledClassifier(model, CLASSES, SHAPE)
 
 
-def linear(weights, bias=0.0):
-    """Classifier with logits x . weights + bias; weights (pixels, classes)."""
-    weights = weights.astype("float32")
-
-    def model(x, training=False):
-        return tf.reshape(x, (-1, weights.shape[0])) @ weights + bias
-
-    return CompiledClassifier(model, weights.shape[1], SHAPE)
+linear = functools.partial(toys.linear, SHAPE)
 
 
 def attack_all(attack, x, y, restart=1, seed=0, batch_size=8):

@@ -1,9 +1,12 @@
 """All attacks: the same loop for all, ART's steps where ART is the reference, the ball kept to."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import toys
 from art.attacks.evasion import DeepFool as ArtDeepFool
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import TensorFlowV2Classifier
@@ -67,14 +70,7 @@ def data(classifier):
     return x, classifier.predict(x).argmax(axis=-1)
 
 
-def linear(weights, bias=0.0):
-    """Classifier with logits x . weights + bias; weights (pixels, classes)."""
-    weights = weights.astype("float32")
-
-    def model(x, training=False):
-        return tf.reshape(x, (-1, PIXELS)) @ weights + bias
-
-    return CompiledClassifier(model, weights.shape[1], SHAPE)
+linear = functools.partial(toys.linear, SHAPE)
 
 
 class FromTheImage(PGD):

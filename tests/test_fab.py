@@ -1,9 +1,12 @@
 """FAB: its projection is the nearest point of the hyperplane in the box, its walk the paper's."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import toys
 from scipy.optimize import linprog
 
 from kaf_study.attacks.classifier import CompiledClassifier
@@ -13,14 +16,7 @@ SHAPE, CLASSES, N = (4, 4, 3), 5, 24
 PIXELS = int(np.prod(SHAPE))
 
 
-def linear(weights, bias=0.0):
-    """Classifier with logits x . weights + bias; weights (pixels, classes)."""
-    weights = weights.astype("float32")
-
-    def model(x, training=False):
-        return tf.reshape(x, (-1, len(weights))) @ weights + bias
-
-    return CompiledClassifier(model, weights.shape[1], SHAPE)
+linear = functools.partial(toys.linear, SHAPE)
 
 
 @pytest.fixture(scope="module")

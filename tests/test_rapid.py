@@ -1,8 +1,11 @@
 """rapid: a long look where the short one came near, nowhere else; AutoAttack is what it says."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
+import toys
 
 from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.rapid import NEAR, SHORT, TwoLooks
@@ -13,14 +16,7 @@ SHAPE, CLASSES, N, EPSILON, LONG = (4, 4, 3), 4, 24, 0.03, 7
 PIXELS = int(np.prod(SHAPE))
 
 
-def linear(weights, bias=0.0):
-    """Classifier with logits x . weights + bias; weights (pixels, classes)."""
-    weights = weights.astype("float32")
-
-    def model(x, training=False):
-        return tf.reshape(x, (-1, len(weights))) @ weights + bias
-
-    return CompiledClassifier(model, weights.shape[1], SHAPE)
+linear = functools.partial(toys.linear, SHAPE)
 
 
 @pytest.fixture(scope="module")
