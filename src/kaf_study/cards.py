@@ -14,9 +14,9 @@ import pandas as pd
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS
 from kaf_study.claims import MEASURES, Study
+from kaf_study.files import write_atomically
 from kaf_study.model_folder import DATASET_LABELS, TrainedModel, trained_models
 from kaf_study.paired import LEVEL
-from kaf_study.records import write_atomically
 from kaf_study.seeds import MARGIN
 from kaf_study.tables import KINDS, model_table, pgd_name
 

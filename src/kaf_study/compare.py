@@ -34,7 +34,8 @@ from kaf_study.cards import (
 )
 from kaf_study.claims import Study, claims_table, means, studies
 from kaf_study.figures import accuracy_robustness_scatter, common_training, save
-from kaf_study.records import make_writable, read_results, write_atomically
+from kaf_study.files import make_writable, write_atomically
+from kaf_study.records import read_results
 from kaf_study.tables import model_table, paired_tests
 
 

@@ -52,16 +52,15 @@ from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.loop import BatchAttack, Run, check_perturbation
 from kaf_study.attacks.registry import MOST_IMAGES_TOGETHER, AttackSettings, check_count
 from kaf_study.datasets import fingerprint
-from kaf_study.files import locked
+from kaf_study.files import locked, make_writable, write_atomically
 from kaf_study.records import (
     FORMAT,
     Evaluation,
     counted,
     hardware,
-    make_writable,
+    is_clean,
     read_results,
     versions,
-    write_atomically,
 )
 from kaf_study.saved_models import HOW_ATTACKED, LOGITS, LoadedModel, logits_of
 
@@ -161,15 +160,14 @@ def evaluate(
     again = classifier.predict(state.x_adv, execution.batch_size).argmax(axis=-1)
 
     images = _image_table(y, clean, settings, state, linf)
-    result = Evaluation(images, {}, state.x_adv)
-    summary = _summary(settings, members, result, state, subject, data, execution.batch_size) | {
+    summary = _summary(settings, members, images, state, subject, data, execution.batch_size) | {
         "outputs": outputs,
         # Not 0: float rounding at a decision boundary, or (if many) a randomised model.
         "attacked_predictions_not_reproduced": int((again != state.prediction).sum()),
         "gradient_calls": state.gradient_calls,  # batches; interrupted restarts not counted
         "seconds": round(float(state.seconds.sum()), 1),
     }
-    return replace(result, summary=summary)
+    return Evaluation(images, summary, state.x_adv)
 
 
 def _check_images(x, y):
@@ -405,9 +403,11 @@ def _image_table(y, clean, settings, state, linf):
     return images
 
 
-def _members(members: tuple[AttackSettings, ...], result: Evaluation, state: _State) -> list[dict]:
+def _members(
+    members: tuple[AttackSettings, ...], images: pd.DataFrame, state: _State
+) -> list[dict]:
     """What each member of a suite was, met and felled."""
-    standing = int(np.sum(result.is_clean))
+    standing = int(is_clean(images).sum())
     rows = []
     for number, member in enumerate(members):
         fell = int((state.felled_by == number).sum())
@@ -430,13 +430,13 @@ def _members(members: tuple[AttackSettings, ...], result: Evaluation, state: _St
 def _summary(
     settings: AttackSettings,
     members: tuple[AttackSettings, ...],
-    result: Evaluation,
+    images: pd.DataFrame,
     state: _State,
     subject: Subject,
     data: str,
     batch_size: int,
 ) -> dict:
-    n = len(result.images)
+    n = len(images)
     attack = {
         "name": settings.attack,
         "implementation": settings.implementation,
@@ -448,7 +448,7 @@ def _summary(
         "batch_size": batch_size,
     }
     if len(members) > 1:
-        attack["members"] = _members(members, result, state)
+        attack["members"] = _members(members, images, state)
     return {
         "format": FORMAT,
         "name": settings.stem(n, subject.dataset),
@@ -457,7 +457,7 @@ def _summary(
         "labels": settings.labels,
         "how_counted": HOW_COUNTED[settings.labels],
         "dataset": {"name": subject.dataset, "split": "test", "fingerprint": data},
-        **counted(result.images, settings.labels),
+        **counted(images, settings.labels),
         "seed": settings.seed,
         "versions": versions(),
         "hardware": hardware(),

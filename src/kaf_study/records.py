@@ -209,11 +209,15 @@ def checked(text: bytes, schema: type | None, path: Path) -> Any:
         if schema is not None:
             msgspec.convert(content, schema)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(
-            f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:160]}; "
-            "restore the file, or make it anew with --force"
-        ) from None
+        raise _unreadable(path, error) from None
     return content
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:160]}; "
+        "restore the file, or make it anew with --force"
+    )
 
 
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
@@ -263,10 +267,7 @@ def _table(path: Path, **types: str) -> pd.DataFrame:
         with np.errstate(invalid="raise"):  # a number too large for a whole one
             return pd.read_csv(io.BytesIO(text), dtype=types)
     except Exception as error:  # pandas, gzip and zlib raise a dozen types for a damaged file
-        raise InputError(
-            f"{str(path)!r} cannot be read: {' '.join(str(error).split())[:160]}; "
-            "restore the file, or make it anew with --force"
-        ) from None
+        raise _unreadable(path, error) from None
 
 
 # --------------------------------------------------------------------------- a result

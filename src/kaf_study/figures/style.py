@@ -22,8 +22,8 @@ from kaf_study.activations import (
     activation_of,
     kind_of,
 )
+from kaf_study.files import make_writable
 from kaf_study.model_folder import TrainedModel
-from kaf_study.records import make_writable
 
 MARKERS = {  # kind of activation -> marker, size
     FIXED: ("d", 10),
