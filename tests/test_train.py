@@ -24,6 +24,7 @@ from fbfadvtrain import RobustnessProbe
 from kaf_study import InputError, train
 from kaf_study.checkpoint import Checkpoint, read_checkpoint
 from kaf_study.config import config_of, parse, recipe
+from kaf_study.curvature import curvatures
 from kaf_study.datasets import load
 from kaf_study.model_folder import ModelFolder
 
@@ -187,6 +188,33 @@ def test_a_run_leaves_a_complete_model_folder(straight):
     assert results["probe_pgd"] == history["probe_pgd"].iloc[-1] and results["probe_n"] == 16
     assert results["epochs_trained"] == 3
     assert results["catastrophic_overfitting_in_epoch"] is None
+
+
+def test_history_has_the_curvature_of_each_layer_in_each_epoch(tiny, tmp_path):
+    train.train(config(activation="swish"), tmp_path / "out", verbose=0)
+    history = pd.read_csv(tmp_path / "out" / "history.csv")
+    assert set(history) == {*COLUMNS, "curvature_1"}
+    x_val = load("digits")[1][0]
+    kappa = curvatures(keras.models.load_model(tmp_path / "out" / "model.keras"), x_val[:16])
+    assert history["curvature_1"][1] == pytest.approx(kappa["kappa"].median(), rel=1e-5)
+    assert history["curvature_1"][0] != history["curvature_1"][1]
+
+
+def test_a_run_begun_without_curvature_goes_on_without(tiny, tmp_path, monkeypatch):
+    keep = Checkpoint.on_epoch_end
+
+    def keep_and_stop(self, epoch, logs=None):
+        keep(self, epoch, logs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "WITHOUT_CURVATURE", ("swish",))
+        patch.setattr(Checkpoint, "on_epoch_end", keep_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config(activation="swish"), tmp_path / "out", verbose=0)
+    train.train(config(activation="swish"), tmp_path / "out", verbose=0)
+    history = pd.read_csv(tmp_path / "out" / "history.csv")
+    assert len(history) == 2 and set(history) == set(COLUMNS)
 
 
 def test_a_finished_folder_is_left_alone_unless_forced(tiny, straight, tmp_path, capsys):

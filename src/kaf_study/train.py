@@ -21,6 +21,7 @@ from kaf_study import InputError, called_as
 from kaf_study.architectures import build
 from kaf_study.checkpoint import Checkpoint
 from kaf_study.config import DICTIONARY_SIZE, TrainConfig, config_of, parse, recipe
+from kaf_study.curvature import CurvatureProbe
 from kaf_study.datasets import batches, fingerprint, is_augmentable, load
 from kaf_study.fused_layers import fused
 from kaf_study.lr_policy import TriangularCycle
@@ -32,6 +33,7 @@ __all__ = ["TrainConfig", "build_network", "build_trainer", "recipe", "train"]
 PROBE_IMAGES = 512
 PROBE_EPSILON = 8 / 255  # where training itself has no radius
 KWTA_FIRST_RATIO = 0.30  # Xiao et al. 2020
+WITHOUT_CURVATURE = ("relu", "kwta")  # no second derivative, no function of one variable
 EMA_BATCHES = 100  # over which the batch norm of a running mean of weights is estimated
 OPTIMIZERS = {
     "sgd": lambda schedule, momentum, **kwargs: keras.optimizers.SGD(
@@ -88,7 +90,7 @@ def train(
         checkpoint = Checkpoint(folder.checkpoint, model, dataset)
         if checkpoint.history:
             print(f"Resuming {out} after epoch {len(checkpoint.history)} of {config.epochs}.")
-        fit(model, config, training, validation, checkpoint, verbose)
+        fit(model, network, config, training, validation, checkpoint, verbose)
         network.set_weights(model.get_weights())
         record = {
             "settings": asdict(config),
@@ -197,19 +199,28 @@ def epoch_batches(config: TrainConfig, training: Images, epoch: int) -> tf.data.
 
 def fit(
     model: keras.Model,
+    network: keras.Model,
     config: TrainConfig,
     training: Images,
     validation: Images,
     checkpoint: Checkpoint,
     verbose: int,
 ) -> None:
-    """Trains the epochs that `checkpoint` does not have yet; the model gets its last weights."""
+    """Trains the epochs that `checkpoint` does not have yet; the model gets its last weights.
+
+    network: the plain twin of the model; gets its weights of each epoch to be looked at.
+    """
     x_val, y_val = validation
     probe = (RobustnessProbe if config.epsilon else Measurement)(
         x_val[:PROBE_IMAGES], y_val[:PROBE_IMAGES], epsilon=config.epsilon or PROBE_EPSILON,
         seed=config.seed, history=checkpoint.history,
     )  # fmt: skip
     callbacks = [probe, checkpoint]
+    # A run begun without these columns goes on without them.
+    if config.activation not in WITHOUT_CURVATURE and all(
+        "curvature_1" in row for row in checkpoint.history
+    ):
+        callbacks.insert(1, CurvatureProbe(network, x_val[:PROBE_IMAGES]))
     if config.kwta_anneal_from is not None:
         annealing = AnnealKwta(start=config.kwta_anneal_from, every=config.kwta_anneal_every)
         callbacks.insert(0, annealing)
