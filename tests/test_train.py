@@ -20,12 +20,13 @@ from tensorflow.python.framework.config import disable_op_determinism
 import kernel_expansion
 from activationsf import Kaf, Kwta
 from activationsf import activation as activation_layer
-from fbfadvtrain import RobustnessProbe
+from fbfadvtrain import Refinements, RobustnessProbe
 from kaf_study import InputError, train
 from kaf_study.checkpoint import Checkpoint, read_checkpoint
 from kaf_study.config import config_of, parse, recipe
 from kaf_study.curvature import curvatures
 from kaf_study.datasets import load
+from kaf_study.lr_policy import WarmMeanSGD
 from kaf_study.model_folder import ModelFolder
 
 TINY = {"dataset": "digits", "architecture": "light_cnn", "train_n": 64, "batch_size": 32}
@@ -133,6 +134,40 @@ def test_recipes_are_those_of_the_reference():
     fast = recipe("fast", "resnet20", "kaf")
     assert fast["momentum"] == 0.9 and fast["lr_max"] < 0.8
     assert recipe("adam", "light_cnn", "kaf")["optimizer"] == "adam"
+
+
+def test_the_strong_recipe_is_n_fgsm_with_a_warm_mean_and_smooth_labels():
+    arguments = "--out x --recipe strong --epochs 30".split()
+    settings = config_of(parse(arguments, "train"))
+    assert (settings.noise, settings.epsilon_ramp, settings.alpha) == (2.0, 0.1, 8 / 255)
+    assert (settings.lr_start, settings.lr_min, settings.lr_max) == (0.0, 0.0, 0.2)
+    assert settings.lr_peak == 0.25 and settings.l2 == 2.5e-4 and settings.label_smoothing == 0.1
+    settings.check()
+    inputs = keras.Input((4, 4, 3))
+    network = keras.Model(inputs, keras.layers.Dense(10)(keras.layers.Flatten()(inputs)))
+    trainer = train.build_trainer(network, settings, steps=200)
+    assert trainer.refinements == Refinements(noise=2.0, ramp=20)
+    optimizer = trainer.optimizer
+    assert type(optimizer) is WarmMeanSGD and optimizer.use_ema and optimizer.nesterov
+    assert (optimizer.ema_momentum, optimizer.momentum) == (0.995, 0.9)
+    y = np.array([3])
+    loss, label = trainer.loss_fn, np.eye(10)[y]
+    logits = np.linspace(-1, 2, 10)[None].astype("float32")
+    log_p = logits - np.log(np.exp(logits).sum())
+    assert float(loss(label, logits)) == pytest.approx(-(0.9 * log_p[0, 3] + 0.1 * log_p.mean()))
+    batch = next(iter(train.epoch_batches(settings, (np.zeros((1, 4, 4, 3)), y), 0)))
+    np.testing.assert_array_equal(batch[1], label)
+    plain = config_of(parse([*arguments, "--epsilon", "0", "--no-nesterov"], "train"))
+    assert plain.noise is None and plain.epsilon_ramp == 0 and not plain.nesterov
+    plain.check()
+
+
+def test_a_run_of_the_strong_recipe_is_kept_as_one(tiny, tmp_path):
+    options = command_line(TINY | {"activation": "relu", "epochs": 2}, tmp_path / "out")
+    assert train.main([*options, "--recipe", "strong", "--pairing", "1"]) == 0
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["settings"]["pairing"] == 1 and record["settings"]["ema_warm"] is True
+    assert record["results"]["epochs_trained"] == 2
 
 
 def test_the_optimizer_is_the_one_that_is_set():
@@ -580,6 +615,13 @@ def test_weights_that_are_not_finite_are_never_kept(tiny, tmp_path):
         ("--l2 0.1", "--l2 changes nothing"),
         ("--epsilon 0 --alpha 2", "--alpha changes nothing"),
         ("--data-dir /tmp", "--data-dir changes nothing"),
+        ("--noise -1", "noise lies in 0 to 100"),
+        ("--noise 2 --epsilon 0", "noise is for adversarial training"),
+        ("--pairing-ramp 0.5", "together with pairing"),
+        ("--epsilon-ramp 1", "epsilon_ramp lies in [0, 1)"),
+        ("--label-smoothing nan", "label_smoothing lies in [0, 1)"),
+        ("--recipe adam --nesterov", "nesterov is for sgd"),
+        ("--ema-warm", "together with ema_momentum"),
         ("--activation kwta --kwta-anneal-from 15", "an epoch before the last"),
         ("--activation kwta --kwta-anneal-every 1", "together with kwta_anneal_from"),
         ("--dataset cifar10 --data-dir /nowhere", "--data-dir must name"),

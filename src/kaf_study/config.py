@@ -13,6 +13,7 @@ from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 OPTIMIZERS = ("sgd", "adam")
 INITIALIZERS = ("glorot_uniform", "he_normal", "he_uniform")
 DICTIONARY_SIZE = 20  # of a Kaf unless told otherwise
+N_FGSM = {"noise": 2.0, "epsilon_ramp": 0.1}  # de Jorge et al. 2022; its step is epsilon
 
 # name -> (least, most). The upper bounds lie far above any use and keep typing errors from filling
 # the memory or the century.
@@ -28,13 +29,15 @@ COUNTS = {
 
 
 def recipe(name: str, architecture: str, activation: str) -> dict[str, Any]:
-    """Optimiser settings: "fast" (few epochs; momentum), "thesis" (SGD without), or "adam".
+    """Settings of the training: "fast" (few epochs; momentum), "thesis" (SGD without), "adam",
+    or "strong" (N-FGSM, and what has been found since to help one-step training).
 
     The light CNNs are trained with Adam: there a KAF from a random start, whose outputs are small
     and reach the logits through no batch norm, does not leave chance level under SGD.
 
     Returns optimizer, lr_start, lr_min, lr_max, lr_peak, momentum, ema_momentum and, of the
-    ResNets, l2 and kernel_initializer (the other networks have their own).
+    ResNets, l2 and kernel_initializer (the other networks have their own); of "strong" also
+    settings that the others leave at their defaults.
     """
     common = {
         "lr_start": 0.0,
@@ -55,7 +58,12 @@ def recipe(name: str, architecture: str, activation: str) -> dict[str, Any]:
     if name == "adam":
         rates = {"lr_min": 1e-4, "lr_max": 0.01}
         return common | rates | {"optimizer": "adam", "momentum": 0.9, "l2": 2.5e-4}
-    raise InputError(f"Unknown recipe {name!r}. Choose one of: fast, thesis, adam.")
+    if name == "strong":
+        rates = {"lr_min": 0.0, "lr_max": 0.2, "lr_peak": 0.25}
+        sgd = {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "l2": 2.5e-4}
+        mean = {"ema_momentum": 0.995, "ema_warm": True}
+        return common | rates | sgd | mean | {"label_smoothing": 0.1} | N_FGSM
+    raise InputError(f"Unknown recipe {name!r}. Choose one of: fast, thesis, adam, strong.")
 
 
 @dataclass(frozen=True)
@@ -70,15 +78,22 @@ class TrainConfig:
     train_n: int | None = None  # first images of the training split; None: all
     epsilon: float = 8 / 255  # L-inf radius, images in [0, 1]; 0: ordinary training
     alpha: float = 10 / 255  # FGSM step; 1.25 epsilon as in Wong et al.
+    noise: float | None = None  # of N-FGSM, in epsilons; None: the random start of Wong et al.
+    epsilon_ramp: float = 0.0  # share of the training in which epsilon and alpha grow from 0
+    pairing: float = 0.0  # weight of the squared distance of logits at noise and at attack
+    pairing_ramp: float = 0.0  # share of the training in which that weight grows from 0
+    label_smoothing: float = 0.0
     optimizer: str = "sgd"  # or adam
     lr_min: float = 0.002  # ends of the one-cycle triangular schedule
     lr_max: float = 0.2  # its peak
     lr_start: float = 0.25  # its first rate, from lr_min (0) to lr_max (1)
     lr_peak: float = 0.5  # where the peak lies, as a fraction of the training
     momentum: float = 0.9  # of SGD; Adam's beta_1
+    nesterov: bool = False  # SGD only
     l2: float = 2.5e-4  # Keras l2 on every kernel; ResNets only
     kernel_initializer: str = "glorot_uniform"  # of the convolutions; ResNets only
     ema_momentum: float | None = None  # of a running mean of the weights, which is what is saved
+    ema_warm: bool = False  # the running mean soon forgets the first weights; SGD only
     dictionary_size: int = DICTIONARY_SIZE  # D of the KAFs
     kwta_anneal_from: int | None = None  # epoch from which k-WTA's ratio falls from 0.30 ...
     kwta_anneal_every: int = 2  # ... by 0.01 every so many epochs, to 0.15 if they are enough
@@ -115,6 +130,12 @@ class TrainConfig:
                 "momentum lies in [0, 1), l2 is not negative; received "
                 f"momentum={self.momentum}, l2={self.l2}."
             )
+        for name in ("epsilon_ramp", "pairing_ramp", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} lies in [0, 1); received {getattr(self, name)}.")
+        for name in ("noise", "pairing"):
+            if not 0 <= (getattr(self, name) or 0) <= 100:
+                raise InputError(f"{name} lies in 0 to 100; received {getattr(self, name)}.")
         if not (self.ema_momentum is None or 0 < self.ema_momentum < 1):
             raise InputError(f"ema_momentum lies in (0, 1); received {self.ema_momentum}.")
         self._refuse_unused()
@@ -123,7 +144,15 @@ class TrainConfig:
         """A setting that differs from its default but changes nothing would be a false record."""
         is_kwta = self.activation == "kwta"
         begins = self.kwta_anneal_from is not None and self.kwta_anneal_from < self.epochs
+        is_attacked, is_sgd = self.epsilon > 0, self.optimizer == "sgd"
+        has_warm_mean = is_sgd and self.ema_momentum is not None
         for name, is_used, where in (
+            ("noise", is_attacked, "for adversarial training"),
+            ("epsilon_ramp", is_attacked, "for adversarial training"),
+            ("pairing", is_attacked, "for adversarial training"),
+            ("pairing_ramp", self.pairing > 0, "together with pairing"),
+            ("nesterov", is_sgd, "for sgd"),
+            ("ema_warm", has_warm_mean, "for sgd, together with ema_momentum"),
             ("dictionary_size", self.activation.startswith("kaf"), "for KAFs"),
             ("kernel_initializer", self.architecture.startswith("resnet"), "for ResNets"),
             ("kwta_anneal_from", is_kwta and begins, "for kwta, an epoch before the last"),
@@ -133,7 +162,8 @@ class TrainConfig:
             if value != getattr(TrainConfig, name) and not is_used:
                 raise InputError(
                     f"{name} is {where}; received {value} with activation {self.activation}, "
-                    f"architecture {self.architecture}, {self.epochs} epochs. Leave it out."
+                    f"architecture {self.architecture}, {self.optimizer}, epsilon "
+                    f"{self.epsilon * 255:g}, {self.epochs} epochs. Leave it out."
                 )
 
 
@@ -154,10 +184,15 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add(
         "--epsilon", type=float, default=8, help="L-inf radius in 255ths (%(default)g); 0: ordinary"
     )
-    add("--alpha", type=float, help="step of the attack in 255ths (1.25 epsilon)")
-    add("--recipe", default="fast", help="optimiser settings: fast (default), thesis, adam")
-    for name in ("lr-min", "lr-max", "lr-start", "lr-peak", "momentum", "l2", "ema-momentum"):
+    add("--alpha", type=float, help="step of the attack in 255ths (1.25 epsilon; N-FGSM: epsilon)")
+    add("--recipe", default="fast", help="fast (default), thesis, adam or strong (see the README)")
+    for name in (
+        "lr-min", "lr-max", "lr-start", "lr-peak", "momentum", "l2", "ema-momentum", "noise",
+        "epsilon-ramp", "pairing", "pairing-ramp", "label-smoothing",
+    ):  # fmt: skip
         add(f"--{name}", type=float, help="instead of the recipe's")
+    for name in ("nesterov", "ema-warm"):
+        add(f"--{name}", action=argparse.BooleanOptionalAction, help="instead of the recipe's")
     add("--kernel-initializer", help=f"instead of the recipe's: {', '.join(INITIALIZERS)}")
     add("--dictionary-size", type=int, default=defaults.dictionary_size, help="D of the KAFs (20)")
     add("--kwta-anneal-from", type=int, help="epoch from which k-WTA's ratio falls from 0.30")
@@ -185,7 +220,10 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
         if is_unused:
             raise InputError(f"{option} changes nothing in this training; leave it out.")
     settings = recipe(args.recipe, args.architecture, args.activation)
-    alpha = 1.25 * args.epsilon if args.alpha is None else args.alpha
+    if args.epsilon == 0:
+        settings = {name: value for name, value in settings.items() if name not in N_FGSM}
     given = {name: getattr(args, name, None) for name in TrainConfig.__dataclass_fields__}
     settings |= {name: value for name, value in given.items() if value is not None}
+    step = 1.25 if settings.get("noise") is None else 1.0
+    alpha = step * args.epsilon if args.alpha is None else args.alpha
     return TrainConfig(**settings | {"epsilon": args.epsilon / 255, "alpha": alpha / 255})

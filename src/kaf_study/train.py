@@ -16,15 +16,15 @@ import numpy as np
 import tensorflow as tf
 
 from activationsf import AnnealKwta, activation
-from fbfadvtrain import FastBetterFreeTrainedModel, RobustnessProbe
+from fbfadvtrain import FastBetterFreeTrainedModel, Refinements, RobustnessProbe
 from kaf_study import InputError, called_as
 from kaf_study.architectures import build
 from kaf_study.checkpoint import Checkpoint
 from kaf_study.config import DICTIONARY_SIZE, TrainConfig, config_of, parse, recipe
 from kaf_study.curvature import CurvatureProbe
-from kaf_study.datasets import batches, fingerprint, is_augmentable, load
+from kaf_study.datasets import batches, class_names, fingerprint, is_augmentable, load
 from kaf_study.fused_layers import fused
-from kaf_study.lr_policy import TriangularCycle
+from kaf_study.lr_policy import TriangularCycle, WarmMeanSGD
 from kaf_study.model_folder import ModelFolder
 from kaf_study.records import hardware, versions
 
@@ -35,14 +35,6 @@ PROBE_EPSILON = 8 / 255  # where training itself has no radius
 KWTA_FIRST_RATIO = 0.30  # Xiao et al. 2020
 WITHOUT_CURVATURE = ("relu", "kwta")  # no second derivative, no function of one variable
 EMA_BATCHES = 100  # over which the batch norm of a running mean of weights is estimated
-OPTIMIZERS = {
-    "sgd": lambda schedule, momentum, **kwargs: keras.optimizers.SGD(
-        schedule, momentum=momentum, **kwargs
-    ),
-    "adam": lambda schedule, momentum, **kwargs: keras.optimizers.Adam(
-        schedule, beta_1=momentum, **kwargs
-    ),
-}
 
 Images = tuple[np.ndarray, np.ndarray]  # x (N, H, W, C) in [0, 1], y (N,)
 
@@ -158,7 +150,11 @@ def build_trainer(network: keras.Model, config: TrainConfig, steps: int) -> kera
     It trains by fast adversarial training or, where epsilon is 0, as any Keras model.
     """
     twin = fused(network)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss: keras.losses.Loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if config.label_smoothing:  # labels are one-hot, see epoch_batches
+        loss = keras.losses.CategoricalCrossentropy(
+            from_logits=True, label_smoothing=config.label_smoothing
+        )
     if config.epsilon:
         model = FastBetterFreeTrainedModel(
             twin.input,
@@ -166,20 +162,28 @@ def build_trainer(network: keras.Model, config: TrainConfig, steps: int) -> kera
             eps=config.epsilon,
             alpha=config.alpha,
             seed=config.seed,
+            refinements=Refinements(
+                noise=config.noise,
+                ramp=round(config.epsilon_ramp * steps),
+                pairing=config.pairing,
+                pairing_ramp=round(config.pairing_ramp * steps),
+            ),
             name=network.name,
         )
     else:
         model = twin
     schedule = TriangularCycle(config.lr_min, config.lr_max, steps, config.lr_peak, config.lr_start)
-    ema = {"use_ema": True, "ema_momentum": config.ema_momentum} if config.ema_momentum else {}
-    model.compile(
-        OPTIMIZERS[config.optimizer](schedule, config.momentum, **ema),
-        loss,
-        metrics=["accuracy"],
-        jit_compile=False,
-    )
+    model.compile(optimizer_of(config, schedule), loss, metrics=["accuracy"], jit_compile=False)
     model.optimizer.build(model.trainable_variables)
     return model
+
+
+def optimizer_of(config: TrainConfig, schedule: Any) -> keras.optimizers.Optimizer:
+    ema = {"use_ema": True, "ema_momentum": config.ema_momentum} if config.ema_momentum else {}
+    if config.optimizer == "adam":
+        return keras.optimizers.Adam(schedule, beta_1=config.momentum, **ema)
+    kind = WarmMeanSGD if config.ema_warm else keras.optimizers.SGD
+    return kind(schedule, momentum=config.momentum, nesterov=config.nesterov, **ema)
 
 
 # --------------------------------------------------------------------------- how it is trained
@@ -190,11 +194,15 @@ def steps_per_epoch(config: TrainConfig, training: Images) -> int:
 
 
 def epoch_batches(config: TrainConfig, training: Images, epoch: int) -> tf.data.Dataset:
-    """The batches of one epoch, from 0."""
+    """The batches of one epoch, from 0; labels are one-hot where they are to be smoothed."""
     augment = is_augmentable(config.dataset) and config.architecture.startswith("resnet")
-    return batches(
+    of_epoch = batches(
         *training, batch_size=config.batch_size, seed=config.seed, epoch=epoch, augment=augment
     )
+    if not config.label_smoothing:
+        return of_epoch
+    classes = len(class_names(config.dataset))
+    return of_epoch.map(lambda x, y: (x, tf.one_hot(y, classes)))
 
 
 def fit(
