@@ -70,7 +70,7 @@ def result(
     attack = {
         name: getattr(settings, name) for name in ("epsilon", "alpha", "steps", "restarts")
     } | {"name": settings.attack}
-    if settings.attack == "suite":
+    if settings.members != (settings,):
         first, *others = (
             {"name": m.attack, "steps": m.steps, "restarts": m.restarts} for m in settings.members
         )

@@ -14,7 +14,7 @@ from fabricated import result, training_record, write_training
 
 from kaf_study import InputError, compare
 from kaf_study.attacks.registry import AttackSettings
-from kaf_study.cards import conclusion, markdown_table
+from kaf_study.cards import conclusion, markdown_table, model_cards
 from kaf_study.records import read_results
 from kaf_study.tables import against, model_table, paired_tests
 
@@ -144,16 +144,20 @@ def test_a_file_given_twice_counts_once(models, monkeypatch):
     assert len(read_results(".", models, models / "net_kaf")) == len(read_results(models))
 
 
-def test_the_suite_is_tested_on_its_own_results(models, capsys):
+@pytest.mark.parametrize(
+    ("attack", "name"),
+    [("suite", "the suite"), ("rapid", "rapid"), ("autoattack", "AutoAttack")],
+)
+def test_several_attacks_together_are_tested_on_their_own_results(models, capsys, attack, name):
     """ReLU stands alone on 5 images, Swish on 10; under PGD on 10 and 20."""
-    assert compare.main([str(models), "--attack", "suite"]) == 2
+    assert compare.main([str(models), "--attack", attack]) == 2
     error = capsys.readouterr().err
-    assert "--attack suite needs results of two models" in error and error.count("\n") == 1
-    add_result(models / "net_relu", range(20), attack="suite")
-    add_result(models / "net_swish", range(5, 30), attack="suite")
-    assert compare.main([str(models), "--attack", "suite"]) == 0
+    assert f"--attack {attack} needs results of two models" in error and error.count("\n") == 1
+    add_result(models / "net_relu", range(20), attack=attack)
+    add_result(models / "net_swish", range(5, 30), attack=attack)
+    assert compare.main([str(models), "--attack", attack]) == 0
     text = capsys.readouterr().out
-    assert "5 / 10" in text and "10 / 20" not in text and "with net_swish, under the suite" in text
+    assert "5 / 10" in text and "10 / 20" not in text and f"with net_swish, under {name}:" in text
     assert compare.main([str(models)]) == 0
     text = capsys.readouterr().out
     assert "10 / 20" in text and "with net_swish, under PGD-50-10" in text
@@ -193,6 +197,31 @@ def test_table_has_all_protocols_in_one_row_in_order_of_activations(models):
         "3 | 294,922 |"
     )
     assert "| – |" in lines[2]  # no suite for relu
+
+
+def test_rapid_and_autoattack_stand_beside_the_suite_each_under_its_name(models):
+    """A model may have one of them alone; they are never one column."""
+    for attack, stood in (("suite", 40), ("rapid", 39), ("autoattack", 38)):
+        add_result(models / "net_swish", range(stood), attack=attack)
+    shutil.rmtree(models / "net_kaf" / "robustness")
+    add_result(models / "net_kaf", range(30), attack="autoattack")
+    table = model_table(read_results(models))
+    lines = markdown_table(table).splitlines()
+    assert "| suite | rapid | AutoAttack |" in lines[0]
+    assert "| 40.0 ± 4.9 | 39.0 ± 4.9 | 38.0 ± 4.9 |" in lines[3]
+    assert "| – | – | 30.0 ± 4.6 |" in lines[4]
+    assert any(line.startswith("Rapid: ") and "not AutoAttack" in line for line in lines)
+    cards = model_cards(read_results(models), models)
+    assert "| pgd_acc | suite_acc | rapid_acc | autoattack_acc |" in cards
+    assert "| 40.0 | 39.0 | 38.0 |" in cards
+    assert "pgd_acc, suite_acc and rapid_acc: robust accuracy, true labels; not Auto" in cards
+
+
+def test_autoattack_alone_makes_a_table(tmp_path):
+    add_result(add_model(tmp_path, "relu"), range(40), attack="autoattack")
+    table = model_table(read_results(tmp_path))
+    assert table.loc[0, "autoattack"] == 0.4 and table.loc[0, "clean_accuracy"] == 0.9
+    assert "rapid_acc" not in model_cards(read_results(tmp_path), tmp_path)
 
 
 def test_protocols_do_not_mix(models):

@@ -22,6 +22,14 @@ from kaf_study.tables import KINDS, model_table, pgd_name
 
 Columns = Mapping[Any, Sequence[object]]
 
+# Kinds of results of several attacks: their name in a text, and what they are.
+COMBINED = {"suite": "suite", "rapid": "rapid", "autoattack": "AutoAttack"}
+WHAT_COMBINED = {
+    "suite": "Suite: apgd-ce, apgd-t, square, pgd, each on what the ones before left.",
+    "rapid": "Rapid: PGD-10, then the margin towards the three likeliest classes; not AutoAttack.",
+    "autoattack": "AutoAttack: the standard version, as written here.",
+}
+
 # --------------------------------------------------------------------------- the table of models
 
 
@@ -43,8 +51,9 @@ def shown(table: pd.DataFrame) -> dict[str, list[str]]:
     for kind, name in (("pgd_true", "true labels"), ("pgd_predicted", "predicted labels*")):
         if kind in chosen:
             cells[f"{pgd_name(chosen[kind])}, {name}"] = accuracy(kind)
-    if "suite" in chosen:
-        cells["suite"] = accuracy("suite")
+    for kind in COMBINED:
+        if kind in chosen:
+            cells[COMBINED[kind]] = accuracy(kind)
     if table["published_accuracy"].notna().any():
         cells["published clean"] = plain("published_accuracy", "{:.2f}", 100)
         cells["published robust*"] = plain("published_robustness", "{:.2f}", 100)
@@ -62,7 +71,7 @@ def notes(
     n = {kind: size for kind, size in table.attrs["n"].items() if kind in kinds}
     row = next(iter(chosen.values())).iloc[0]
     step = chosen["pgd_true"].iloc[0]["alpha"] if "pgd_true" in chosen else None
-    counts = {"pgd_true": "PGD", "pgd_predicted": "PGD with predicted labels", "suite": "suite"}
+    counts = {"pgd_true": "PGD", "pgd_predicted": "PGD with predicted labels"} | COMBINED
     sizes = ", ".join(f"{counts[kind]} {size:,}" for kind, size in n.items())
     lines = [
         f"Percent of the first test images of {_dataset(chosen)} (n: {sizes})"
@@ -71,8 +80,7 @@ def notes(
         + (f", step {255 * step:g}/255" if step else "")
         + ". PGD-S-R: S steps, R random restarts; the worst counts, image by image."
     ]
-    if "suite" in n:
-        lines.append("Suite: apgd-ce, apgd-t, square, pgd, each on what the ones before left.")
+    lines += [sentence for kind, sentence in WHAT_COMBINED.items() if kind in n]
     if "pgd_predicted" in n:
         lines.append(
             "\\* Only for comparison with figures from attacks called without labels; not a "
@@ -118,7 +126,7 @@ def shown_p(p: float) -> str:
 def conclusion(pairs: pd.DataFrame) -> str:
     """Two sentences: what n images tell apart at 5 %, robust and clean, and what they do not."""
     n, reference, attack = pairs[["n", "reference", "attack"]].iloc[0]
-    attack = "the suite" if attack == "suite" else attack
+    attack = "the suite" if attack == "suite" else COMBINED.get(attack, attack)
     robust = _told_apart(pairs, "p_holm", "robust_difference", ("more robust", "less robust"))
     clean = _told_apart(
         pairs, "clean_p_holm", "clean_difference", ("more accurate", "less accurate")
@@ -268,6 +276,11 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
         row, model = evaluated.get(folder), trained.get(folder)
         rows[row.model if row else folder.name] = _card(row, model, rows_of.iloc[0])
     frame = pd.DataFrame.from_dict(rows, orient="index")
+    for kind in ("rapid", "autoattack"):
+        if kind not in table.attrs["chosen"]:
+            del frame[f"{kind}_acc"]
+    has_rapid = "rapid_acc" in frame
+    others = "pgd_acc, suite_acc and rapid_acc" if has_rapid else "pgd_acc and suite_acc"
     columns = {"model": list(frame.index), **{c: list(frame[c]) for c in frame}}
     return "\n".join(
         [
@@ -278,9 +291,9 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
             "",
             markdown(columns),
             "",
-            *notes(table, ("pgd_true", "suite"), errors=False),
+            *notes(table, [kind for kind in KINDS if kind != "pgd_predicted"], errors=False),
             "",
-            "pgd_acc and suite_acc: robust accuracy, true labels; not AutoAttack's.",
+            f"{others}: robust accuracy, true labels; not AutoAttack's.",
             "A dash: not attacked in this way. train_eps 0/255: ordinary training.",
             *exceptions(list(trained.values())),
             "Keys follow RobustBench's model_info where it has one. sha256 is of `model.keras`.",
@@ -307,7 +320,7 @@ def _card(row, model: TrainedModel | None, protocol: pd.Series) -> dict[str, obj
         "eps": f"{255 * protocol['epsilon']:g}/255",
         "clean_acc": percent(row.clean_accuracy if row else None),
         "pgd_acc": percent(row.pgd_true if row else None),
-        "suite_acc": percent(row.suite if row else None),
+        **{f"{kind}_acc": percent(getattr(row, kind) if row else None) for kind in COMBINED},
         "epochs": f"{epochs}" if epochs else "–",
         "optimizer": settings.get("optimizer", "–"),
         "lr_max": settings.get("lr_max", "–"),

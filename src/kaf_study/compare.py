@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         help="each is compared with all others (Swish and ReLU, within each architecture)",
     )
     parser.add_argument(
-        "--attack", choices=("pgd", "suite"), default="pgd",
+        "--attack", choices=("pgd", "suite", "rapid", "autoattack"), default="pgd",
         help="whose results (true labels) the paired tests count (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="writes .csv, .md and .png files there")
@@ -86,12 +86,12 @@ def run(arguments: Namespace) -> None:
             f"no results in {', '.join(arguments.folders)}; make them with robustness_eval.py MODEL"
         )
     table = model_table(results)
-    kind = {"pgd": "pgd_true", "suite": "suite"}[arguments.attack]
+    kind = "pgd_true" if arguments.attack == "pgd" else arguments.attack
     tests = paired_tests(table, arguments.reference or (), kind)
-    if arguments.attack == "suite" and not tests:
+    if kind != "pgd_true" and not tests:
         raise InputError(
-            "--attack suite needs results of two models to compare; make them with "
-            "robustness_eval.py MODEL --attack suite"
+            f"--attack {kind} needs results of two models to compare; make them with "
+            f"robustness_eval.py MODEL --attack {kind}"
         )
     print(console(shown(table)), "", *notes(table), sep="\n")
     for pairs in tests:

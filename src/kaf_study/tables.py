@@ -19,6 +19,8 @@ KINDS = {  # column -> which results are meant
     "pgd_true": {"attack": "pgd", "labels": "true"},
     "pgd_predicted": {"attack": "pgd", "labels": "predicted"},
     "suite": {"attack": "suite", "labels": "true"},
+    "rapid": {"attack": "rapid", "labels": "true"},
+    "autoattack": {"attack": "autoattack", "labels": "true"},
 }
 SETTINGS = ["dataset", "attack", "labels", "epsilon", "alpha", "steps", "restarts", "seed", "n"]
 SAME_FOR_ALL = ("dataset", "epsilon")
@@ -52,7 +54,7 @@ def chosen_results(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
         )
         _refuse_twins(chosen[kind], "folder", "path")
         chosen[kind] = chosen[kind].set_index("folder")
-    if "pgd_true" not in chosen and "suite" not in chosen:
+    if not chosen.keys() - {"pgd_predicted"}:
         raise InputError("no results with true labels there; make them with robustness_eval.py")
     return chosen
 
@@ -146,7 +148,7 @@ def paired_tests(
         names: of models, each compared with all others. None given: what the published claims
             compare with, within each architecture: "Swish is the most robust", "KAFs improve on
             ReLU"; where there is neither, the first model.
-        kind: "pgd_true" or "suite".
+        kind: of `KINDS`, but "pgd_predicted".
     """
     if names:
         return [pairs for name in names if len(pairs := against(name, table, kind))]
@@ -165,7 +167,7 @@ def against(reference: str, table: pd.DataFrame, kind: str = "pgd_true") -> pd.D
     """Each model of a table against a reference on the same images.
 
     Args:
-        reference: name of a model. table: of `model_table`. kind: "pgd_true" or "suite".
+        reference: name of a model. table: of `model_table`. kind: as in `paired_tests`.
 
     Returns:
         `paired.differences`, and a column attack.
@@ -186,7 +188,7 @@ def against(reference: str, table: pd.DataFrame, kind: str = "pgd_true") -> pd.D
     }
     frame = differences(read_outcomes(paths, reference), reference)
     if len(frame):
-        frame.insert(2, "attack", "suite" if kind == "suite" else pgd_name(rows))
+        frame.insert(2, "attack", pgd_name(rows) if kind == "pgd_true" else kind)
     return frame
 
 
