@@ -1,6 +1,7 @@
 """All attacks: the same loop for all, ART's steps where ART is the reference, the ball kept to."""
 
 import functools
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -24,6 +25,7 @@ from kaf_study.attacks.loop import (
 )
 from kaf_study.attacks.pgd import FGSM, PGD
 from kaf_study.attacks.registry import ATTACKS, AttackSettings
+from kaf_study.evaluation import evaluate
 
 EPSILON, ALPHA, STEPS, CLASSES, N = 8 / 255, 2 / 255, 5, 4, 48
 SHAPE = (6, 6, 3)
@@ -376,6 +378,17 @@ def test_more_targets_than_other_classes_are_refused(classifier):
     with pytest.raises(InputError, match="4 classes allow 3 restarts; got 4"):
         AttackSettings("apgd-t", restarts=4).made_for(classifier)
     AttackSettings("apgd-t", restarts=3).made_for(classifier)
+
+
+@pytest.mark.parametrize("attack", ["apgd-t", "fab-t"])
+def test_left_to_itself_an_attack_aims_at_the_other_classes_there_are(attack, classifier):
+    settings = AttackSettings(attack)
+    assert [settings.fitted(classes).restarts for classes in (4, 9, 10, 100)] == [3, 8, 9, 9]
+    assert AttackSettings(attack, restarts=2).fitted(10).restarts == 2
+    x = np.full((2, *SHAPE), 0.5, "float32")
+    y = classifier.predict(x).argmax(axis=-1)
+    summary = evaluate(classifier, x, y, replace(settings, steps=2)).summary
+    assert summary["attack"]["restarts"] == 3
 
 
 # --------------------------------------------------------------------------- Carlini & Wagner

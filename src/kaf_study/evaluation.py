@@ -145,6 +145,7 @@ def evaluate(
     x, y = _check_images(x, y)
     data = fingerprint(x, y)
     classifier, outputs, clean = _classifier(model, x, y, subject.classes, execution.batch_size)
+    settings = settings.fitted(classifier.nb_classes)
     members = settings.members_for(classifier.nb_classes)
     units = _units(members, classifier)
 
@@ -501,6 +502,8 @@ def evaluate_saved(
         execution: its `partial` is chosen here.
     """
     x, y = _check_images(images.x, images.y)
+    if images.classes is not None:
+        settings = settings.fitted(images.classes)  # its files are named by what was run
     directory = result_folder(opened, out)
     path = directory / f"{settings.stem(len(x), images.dataset)}.json"
     partial = path.with_name(f".{path.stem}.partial.npz")

@@ -223,16 +223,16 @@ class AttackSettings:
             for name, changed in ATTACKS[self.attack].members
         ) or (self,)
 
+    def fitted(self, classes: int) -> "AttackSettings":
+        """A targeted attack, left at its number of targets, aims at no more than there are."""
+        own = ATTACKS[self.attack]
+        if not own.is_targeted or self.restarts != own.restarts:
+            return self
+        return replace(self, restarts=max(1, min(int(own.restarts or 1), classes - 1)))
+
     def members_for(self, classes: int) -> tuple["AttackSettings", ...]:
-        """`members`; in a suite none aims at more targets than a model of so many classes has."""
-        if not ATTACKS[self.attack].members:
-            return (self,)
-        return tuple(
-            replace(member, restarts=min(int(member.restarts or 0), classes - 1))
-            if ATTACKS[member.attack].is_targeted
-            else member
-            for member in self.members
-        )
+        """`members`, fitted to a model of so many classes."""
+        return tuple(member.fitted(classes) for member in self.members)
 
     def made_for(self, classifier: "CompiledClassifier") -> "BatchAttack":
         """This attack (no suite) on a `CompiledClassifier`, or why its model cannot be attacked so.
