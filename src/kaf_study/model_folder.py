@@ -141,7 +141,8 @@ class TrainedModel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self.record["settings"]
+        """All of a TrainConfig; one that there was not yet has the value that changes nothing."""
+        return asdict(TrainConfig()) | self.record["settings"]
 
     @property
     def activation(self) -> str:
