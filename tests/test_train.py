@@ -57,10 +57,19 @@ def tiny_network(name, activation, **kwargs):
     return keras.Model(inputs, keras.layers.Dense(10)(x), name=name)
 
 
+def few_validation_images(*arguments):
+    """As `load`; the last probe, too, has one batch and so one shape to trace."""
+    training, (x, y), test = load(*arguments)
+    return training, (x[:100], y[:100]), test
+
+
+SMALL = {"build": tiny_network, "load": few_validation_images, "PROBE_IMAGES": 16}
+
+
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(train, "build", tiny_network)
-    monkeypatch.setattr(train, "PROBE_IMAGES", 16)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(train, name, value)
 
 
 STRAIGHT = {"epochs": 3, "seed": 1, "deterministic": True}
@@ -72,8 +81,8 @@ def straight(tmp_path_factory):
     """A run of the settings `STRAIGHT` that nothing interrupted: what every other is to equal."""
     out = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build", tiny_network)
-        patch.setattr(train, "PROBE_IMAGES", 16)
+        for name, value in SMALL.items():
+            patch.setattr(train, name, value)
         train.train(config(**STRAIGHT), out, verbose=0)
     disable_op_determinism()
     return out
@@ -215,10 +224,10 @@ def test_a_run_leaves_a_complete_model_folder(straight):
     model = keras.models.load_model(out / "model.keras")
     assert type(model) is type(keras.Model(model.input, model.output))
     assert all(layer.__class__.__module__ != "kaf_study.fused_layers" for layer in model.layers)
-    x, y = load("digits")[1]
+    x, y = few_validation_images("digits")[1]
     accuracy = np.mean(np.argmax(model.predict(x, verbose=0), axis=-1) == y)
     results = record["results"]
-    assert results["validation_clean"] == accuracy and results["validation_n"] == 180
+    assert results["validation_clean"] == accuracy and results["validation_n"] == 100
     assert results["parameters"] == model.count_params()
     assert results["probe_pgd"] == history["probe_pgd"].iloc[-1] and results["probe_n"] == 16
     assert results["epochs_trained"] == 3
@@ -388,9 +397,11 @@ def test_a_run_interrupted_at_every_awkward_moment_ends_the_same(
     stopped_by_a_full_disk((straight / "model.keras").stat().st_size - 1)
     assert set(files(out)) == {"unfinished", *(f"unfinished/{name}" for name in KEPT)}
     assert epochs_kept() == 3
-    # one file after the other takes its place
+    # one file after the other takes its place; what was measured is not kept
     for name in ("model.keras", "history.csv", "training.json"):
-        interrupted(os, "replace", ends_in(name))
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "measured", lambda *_: {})
+            interrupted(os, "replace", ends_in(name))
         assert epochs_kept() == 3 and not (out / "training.json").exists()
     interrupted(shutil, "rmtree", lambda path, *_, **__: Path(path).name == "unfinished")
     assert (out / "training.json").exists() and (out / "unfinished").exists()
@@ -410,8 +421,8 @@ def test_killed_and_started_again_a_run_ends_as_if_nothing_had_happened(straight
     script = f"""
 import os, pathlib, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_train import tiny_network, train
-train.build, train.PROBE_IMAGES = tiny_network, 16
+from test_train import SMALL, train
+vars(train).update(SMALL)
 folder = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 def killed(source, target, replace=os.replace):
     replace(source, target)
@@ -471,7 +482,8 @@ def test_catastrophic_overfitting_ends_the_run_with_the_good_weights(tiny, tmp_p
     monkeypatch.setattr(ModelFolder, "finish", lambda *_: {})  # killed before it has finished
     train.train(config(epochs=5), tmp_path, verbose=0)
     monkeypatch.undo()
-    monkeypatch.setattr(train, "build", tiny_network)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(train, name, value)
     record = train.train(config(epochs=5), tmp_path, verbose=0)  # resumed: nothing left to train
     results = record["results"]
     assert results["catastrophic_overfitting_in_epoch"] == 1 and results["epochs_trained"] == 2
