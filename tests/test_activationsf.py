@@ -589,13 +589,47 @@ def test_policy_and_freezing_go_over_to_the_new_layer():
     assert copy.layers[1].compute_dtype == "bfloat16" and not copy.trainable_weights
 
 
-@pytest.mark.parametrize("name", ["MobileNetV3Small", "ResNet50"])
-def test_the_networks_of_keras_applications_keep_their_outputs_and_train(name):
+def blocks():
+    """A residual block as of ResNet50, then an inverted one as of MobileNetV3, small."""
+    layers = keras.layers
+
+    def normalised(layer, x):
+        return layers.BatchNormalization()(layer(x))
+
+    inputs = keras.Input((32, 32, 3))
+    x = layers.ZeroPadding2D(3)(layers.Rescaling(1 / 127.5, offset=-1)(inputs))
+    x = layers.Activation("relu")(normalised(layers.Conv2D(8, 7, strides=4), x))
+    x = skip = layers.MaxPooling2D(3, strides=2)(layers.ZeroPadding2D(1)(x))
+    x = layers.Activation("relu")(normalised(layers.Conv2D(4, 1), x))
+    x = layers.Add()([skip, normalised(layers.Conv2D(8, 1), x)])
+    x = skip = layers.Activation("relu")(x)
+    x = layers.Activation("hard_silu")(normalised(layers.Conv2D(16, 1), x))
+    x = layers.ReLU()(normalised(layers.DepthwiseConv2D(3, padding="same"), x))
+    gate = layers.Conv2D(4, 1)(layers.GlobalAveragePooling2D(keepdims=True)(x))
+    gate = layers.ReLU(6.0)(layers.Conv2D(16, 1)(layers.ReLU()(gate)) + 3.0) * (1 / 6)
+    x = normalised(layers.Conv2D(8, 1), layers.Multiply()([x, gate]))
+    x = layers.GlobalAveragePooling2D(keepdims=True)(layers.Add()([skip, x]))
+    x = layers.Conv2D(4, 1)(layers.Dropout(0.2)(x))
+    return keras.Model(inputs, layers.Flatten()(x))
+
+
+@pytest.mark.parametrize(
+    "name, exchanged",
+    [
+        ("blocks", 5),
+        pytest.param("MobileNetV3Small", 14, marks=pytest.mark.slow),
+        pytest.param("ResNet50", 49, marks=pytest.mark.slow),
+    ],
+)
+def test_the_networks_of_keras_applications_keep_their_outputs_and_train(name, exchanged):
     keras.utils.set_random_seed(0)
-    make = getattr(keras.applications, name)
-    model = make(weights=None, input_shape=(32, 32, 3), classes=4, classifier_activation=None)
+    if name == "blocks":
+        model = blocks()
+    else:
+        make = getattr(keras.applications, name)
+        model = make(weights=None, input_shape=(32, 32, 3), classes=4, classifier_activation=None)
     copy = replace_activations(model, lambda function: Kaf(D=2, base=function))
-    assert len(kafs(copy)) == {"MobileNetV3Small": 14, "ResNet50": 49}[name]
+    assert len(kafs(copy)) == exchanged
     x = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
     logits_agree(model, copy, x)
     copy.compile(keras.optimizers.SGD(1e-3, clipnorm=1e-3), "mse")  # gradients of a fresh network
