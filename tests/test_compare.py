@@ -288,7 +288,7 @@ def test_blocks_go_between_their_markers_and_nowhere_else(models, tmp_path, caps
     record["settings"]["lr_max"] = 0.05
     (models / "net_kaf" / "training.json").write_text(json.dumps(record))
     assert compare.main(command) == 0
-    assert "net_kaf was trained with lr_max 0.05, the others with None." in cards.read_text()
+    assert "net_kaf was trained with lr_max 0.05, the others with 0.2." in cards.read_text()
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,14 @@ def few_validation_images(*arguments):
 SMALL = {"build": tiny_network, "load": few_validation_images, "PROBE_IMAGES": 16}
 
 
+def make_small(patch):
+    for name, value in SMALL.items():
+        patch.setattr(train, name, value)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
-    for name, value in SMALL.items():
-        monkeypatch.setattr(train, name, value)
+    make_small(monkeypatch)
 
 
 STRAIGHT = {"epochs": 3, "seed": 1, "deterministic": True}
@@ -81,8 +85,7 @@ def straight(tmp_path_factory):
     """A run of the settings `STRAIGHT` that nothing interrupted: what every other is to equal."""
     out = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SMALL.items():
-            patch.setattr(train, name, value)
+        make_small(patch)
         train.train(config(**STRAIGHT), out, verbose=0)
     disable_op_determinism()
     return out
@@ -482,8 +485,7 @@ def test_catastrophic_overfitting_ends_the_run_with_the_good_weights(tiny, tmp_p
     monkeypatch.setattr(ModelFolder, "finish", lambda *_: {})  # killed before it has finished
     train.train(config(epochs=5), tmp_path, verbose=0)
     monkeypatch.undo()
-    for name, value in SMALL.items():
-        monkeypatch.setattr(train, name, value)
+    make_small(monkeypatch)
     record = train.train(config(epochs=5), tmp_path, verbose=0)  # resumed: nothing left to train
     results = record["results"]
     assert results["catastrophic_overfitting_in_epoch"] == 1 and results["epochs_trained"] == 2

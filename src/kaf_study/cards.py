@@ -271,16 +271,14 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
         for folder, row in zip(table["folder"], table.itertuples(), strict=True)
     }
     trained = {model.folder.resolve(): model for model in trained_models(*folders)}
+    chosen = table.attrs["chosen"]
+    combined = [kind for kind in COMBINED if kind == "suite" or kind in chosen]
     rows = {}
     for folder in trained | evaluated:
         row, model = evaluated.get(folder), trained.get(folder)
-        rows[row.model if row else folder.name] = _card(row, model, rows_of.iloc[0])
+        rows[row.model if row else folder.name] = _card(row, model, rows_of.iloc[0], combined)
     frame = pd.DataFrame.from_dict(rows, orient="index")
-    for kind in ("rapid", "autoattack"):
-        if kind not in table.attrs["chosen"]:
-            del frame[f"{kind}_acc"]
-    has_rapid = "rapid_acc" in frame
-    others = "pgd_acc, suite_acc and rapid_acc" if has_rapid else "pgd_acc and suite_acc"
+    others = "pgd_acc, suite_acc and rapid_acc" if "rapid" in chosen else "pgd_acc and suite_acc"
     columns = {"model": list(frame.index), **{c: list(frame[c]) for c in frame}}
     return "\n".join(
         [
@@ -302,8 +300,13 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
     )
 
 
-def _card(row, model: TrainedModel | None, protocol: pd.Series) -> dict[str, object]:
-    """One model's row of the cards, from its row of the table and its folder, where it has them."""
+def _card(
+    row, model: TrainedModel | None, protocol: pd.Series, combined: Sequence[str]
+) -> dict[str, object]:
+    """One model's row of the cards, from its row of the table and its folder, where it has them.
+
+    combined: which of `COMBINED` have a column.
+    """
     settings = model.settings if model else {}
     record = model.record if model else {"results": {}}
     activation = row.activation if row else settings["activation"]
@@ -320,7 +323,7 @@ def _card(row, model: TrainedModel | None, protocol: pd.Series) -> dict[str, obj
         "eps": f"{255 * protocol['epsilon']:g}/255",
         "clean_acc": percent(row.clean_accuracy if row else None),
         "pgd_acc": percent(row.pgd_true if row else None),
-        **{f"{kind}_acc": percent(getattr(row, kind) if row else None) for kind in COMBINED},
+        **{f"{kind}_acc": percent(getattr(row, kind) if row else None) for kind in combined},
         "epochs": f"{epochs}" if epochs else "–",
         "optimizer": settings.get("optimizer", "–"),
         "lr_max": settings.get("lr_max", "–"),

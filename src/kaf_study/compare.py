@@ -16,6 +16,7 @@ import pandas as pd
 
 from kaf_study import CommandParser, InputError
 from kaf_study.cards import (
+    COMBINED,
     claim_notes,
     conclusion,
     console,
@@ -52,7 +53,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         help="each is compared with all others (Swish and ReLU, within each architecture)",
     )
     parser.add_argument(
-        "--attack", choices=("pgd", "suite", "rapid", "autoattack"), default="pgd",
+        "--attack", choices=("pgd", *COMBINED), default="pgd",
         help="whose results (true labels) the paired tests count (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="writes .csv, .md and .png files there")

@@ -512,14 +512,10 @@ def evaluate_saved(
         execution.say(f"{opened.name}: {line}")
 
     if path.exists() and not force:
-        kept = Evaluation.read(path)
-        _refuse_other(path, kept.summary, opened, settings, fingerprint(x, y))
-        attacked = path.with_suffix(".npz")
-        if not keep_images or attacked.exists():
+        finished = _finished(path, opened, settings, fingerprint(x, y), keep_images, say)
+        if finished is not None:
             partial.unlink(missing_ok=True)  # of a run that was killed just after it had finished
-            say(f"finished before, read from {path} (--force to repeat)")
-            return replace(kept, x_adv=read_adversarial(attacked)) if keep_images else kept
-        say("finished before without its images; attacked again for them")
+            return finished
     subject = Subject(images.dataset, images.classes, opened.name, opened.sha256)
     with locked(directory / f".{path.stem}.lock"):
         try:
@@ -569,6 +565,24 @@ def result_folder(opened: LoadedModel, out: Path | str | None = None) -> Path:
     if opened.folder is not None:
         return opened.folder / "robustness"
     return opened.path.resolve().parent / "robustness" / opened.name
+
+
+def _finished(
+    path: Path,
+    opened: LoadedModel,
+    settings: AttackSettings,
+    data: str,
+    keep_images: bool,
+    say: Callable[[str], None],
+) -> Evaluation | None:
+    """The result that is there; None where its images are wanted and were not saved."""
+    kept, attacked = Evaluation.read(path), path.with_suffix(".npz")
+    _refuse_other(path, kept.summary, opened, settings, data)
+    if keep_images and not attacked.exists():
+        say("finished before without its images; attacked again for them")
+        return None
+    say(f"finished before, read from {path} (--force to repeat)")
+    return replace(kept, x_adv=read_adversarial(attacked)) if keep_images else kept
 
 
 def _refuse_other(

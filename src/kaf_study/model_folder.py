@@ -36,6 +36,11 @@ DATASET_LABELS = {"cifar10": "CIFAR-10"}
 COPIES = {"909fb79bbfc4a2d02387c3bdd0731a0d093337eabb6fb8324fd791fa5913bac7": "a JPEG copy"}
 
 
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a run; one that did not exist yet has its default."""
+    return asdict(TrainConfig()) | settings
+
+
 class ModelFolder:
     """A folder that is empty, holds an unfinished training, or a finished one (training.json)."""
 
@@ -72,7 +77,7 @@ class ModelFolder:
 
     def _refuse_other_settings(self, settings: dict[str, Any], config: TrainConfig) -> None:
         asked = asdict(config)
-        settings = asdict(TrainConfig()) | settings  # of a run from before a setting existed
+        settings = completed(settings)
         differing = [
             f"{name}: there {settings.get(name)!r}, asked {asked.get(name)!r}"
             for name in sorted(settings | asked)
@@ -141,8 +146,7 @@ class TrainedModel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of a TrainConfig; one that there was not yet has the value that changes nothing."""
-        return asdict(TrainConfig()) | self.record["settings"]
+        return completed(self.record["settings"])
 
     @property
     def activation(self) -> str:
