@@ -29,16 +29,11 @@ from kaf_study.files import (
     replacing,
     write_atomically,
 )
-from kaf_study.records import read_history, read_json, read_training, write_json
+from kaf_study.records import completed, read_history, read_json, read_training, write_json
 
 DATASET_LABELS = {"cifar10": "CIFAR-10"}
 # Fingerprints of validation splits of images that are not quite those of the data set's authors
 COPIES = {"909fb79bbfc4a2d02387c3bdd0731a0d093337eabb6fb8324fd791fa5913bac7": "a JPEG copy"}
-
-
-def completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """All settings of a run; one that did not exist yet has its default."""
-    return asdict(TrainConfig()) | settings
 
 
 class ModelFolder:
@@ -67,7 +62,8 @@ class ModelFolder:
             self._refuse_other_settings(finished["settings"], config)
             return finished
         if self.settings.exists():
-            self._refuse_other_settings(read_json(self.settings, TrainConfig), config)
+            begun = read_json(self.settings, TrainConfig)
+            self._refuse_other_settings(completed(begun), config)
         elif self.model.exists():
             raise InputError(
                 f"{self.path} holds a model.keras without training.json. "
@@ -77,7 +73,6 @@ class ModelFolder:
 
     def _refuse_other_settings(self, settings: dict[str, Any], config: TrainConfig) -> None:
         asked = asdict(config)
-        settings = completed(settings)
         differing = [
             f"{name}: there {settings.get(name)!r}, asked {asked.get(name)!r}"
             for name in sorted(settings | asked)
@@ -146,7 +141,7 @@ class TrainedModel:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return completed(self.record["settings"])
+        return self.record["settings"]
 
     @property
     def activation(self) -> str:

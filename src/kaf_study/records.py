@@ -17,7 +17,7 @@ import json
 import math
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -224,8 +224,13 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
     write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
 
 
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a run; one that did not exist yet has its default."""
+    return asdict(TrainConfig()) | settings
+
+
 def read_training(path: Path) -> dict[str, Any]:
-    """A training.json, as `TrainingRecord` has it."""
+    """A training.json, as `TrainingRecord` has it, with all settings."""
     record = read_json(path, TrainingRecord)
     given = record["settings"].keys()
     missing, unknown = NEEDED_SETTINGS - given, given - TrainConfig.__dataclass_fields__.keys()
@@ -235,7 +240,7 @@ def read_training(path: Path) -> dict[str, Any]:
             f"{str(path)!r} cannot be read: its settings lack {lacks}, and name {has} that is not "
             "known here; restore the file, or train anew with --force"
         )
-    return record
+    return record | {"settings": completed(record["settings"])}
 
 
 def read_history(path: Path, epochs: int | None = None) -> pd.DataFrame:
