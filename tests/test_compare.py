@@ -217,6 +217,16 @@ def test_rapid_and_autoattack_stand_beside_the_suite_each_under_its_name(models)
     assert "pgd_acc, suite_acc and rapid_acc: robust accuracy, true labels; not Auto" in cards
 
 
+def test_cards_name_the_training_that_the_probe_ended(models, tmp_path):
+    """Counted from 1, as a reader counts; those that came through (None) are not named."""
+    record = training_record(seed=7)
+    record["results"]["catastrophic_overfitting_in_epoch"] = 1
+    ended = write_training(tmp_path / "ended_early", record)
+    cards = model_cards(read_results(models), models, ended)
+    assert "ended_early was stopped by the probe in epoch 2" in cards
+    assert "stands in for seed 7." in cards and cards.count("was stopped by the probe") == 1
+
+
 def test_autoattack_alone_makes_a_table(tmp_path):
     add_result(add_model(tmp_path, "relu"), range(40), attack="autoattack")
     table = model_table(read_results(tmp_path))

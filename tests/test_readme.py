@@ -24,7 +24,14 @@ def test_tables_are_those_of_the_result_files(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(README, encoding="utf-8")
     cards = tmp_path / "cards.md"
-    arguments = [str(ROOT / "models"), "--into", str(copy), "--cards", str(cards)]
+    arguments = [
+        str(ROOT / "models"),
+        str(ROOT / "pilots/relu_seed1"),
+        "--into",
+        str(copy),
+        "--cards",
+        str(cards),
+    ]
     assert compare.main(arguments) == 0
     assert cards.read_text() == (ROOT / "models" / "README.md").read_text(encoding="utf-8")
     command = [sys.executable, ROOT / "benchmarks" / "run.py", "table", "--into", copy]

@@ -285,7 +285,8 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
             "# Models",
             "",
             "Generated from `training.json` and the result files by",
-            "`python robustness_eval.py compare models --cards models/README.md`; do not edit.",
+            "`python robustness_eval.py compare models pilots/relu_seed1 --cards models/README.md`",
+            "(do not edit).",
             "",
             markdown(columns),
             "",
@@ -294,6 +295,7 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
             f"{others}: robust accuracy, true labels; not AutoAttack's.",
             "A dash: not attacked in this way. train_eps 0/255: ordinary training.",
             *exceptions(list(trained.values())),
+            *stopped(trained.values()),
             "Keys follow RobustBench's model_info where it has one. sha256 is of `model.keras`.",
             "",
         ]
@@ -311,7 +313,7 @@ def _card(
     record = model.record if model else {"results": {}}
     activation = row.activation if row else settings["activation"]
     epochs, parameters = (record["results"].get(k) for k in ("epochs_trained", "parameters"))
-    sha256 = row.model_sha256 if row else record.get("model_sha256")
+    sha256 = row.model_sha256 if row else record.get("model_sha256")  # a stopped run has no weights
 
     def percent(value):
         return "–" if pd.isna(value) else f"{100 * value:.1f}"
@@ -331,7 +333,7 @@ def _card(
         "seed": settings.get("seed", "–"),
         "additional_data": "False",
         "parameters": f"{parameters:,}" if parameters else "–",
-        "sha256": f"`{str(sha256)[:12]}`",
+        "sha256": f"`{sha256[:12]}`" if sha256 else "–",
     }
 
 
@@ -357,6 +359,17 @@ def exceptions(models: Iterable[TrainedModel]) -> list[str]:
                 if value != usual
             ]
     return sentences
+
+
+def stopped(models: Iterable[TrainedModel]) -> list[str]:
+    """Sentences on trainings that the probe ended, whose seed another one stands in for."""
+    key = "catastrophic_overfitting_in_epoch"  # counted from 0
+    return [
+        f"{model.folder.name} was stopped by the probe in epoch {model.record['results'][key] + 1} "
+        f"(catastrophic overfitting); another seed stands in for seed {model.settings['seed']}."
+        for model in models
+        if model.record["results"].get(key) is not None
+    ]
 
 
 # --------------------------------------------------------------------------- text
