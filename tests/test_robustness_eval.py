@@ -210,6 +210,18 @@ def test_the_command_goes_by_the_name_it_was_called(called, name, capsys, monkey
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{name}: error: ")
 
 
+@pytest.mark.parametrize("installed", ["train", "evaluate"])
+def test_without_the_packages_of_the_study_one_line_says_so(installed):
+    program = (
+        "import sys; sys.modules.update(dict.fromkeys(['tensorflow', 'msgspec']));"
+        f"from kaf_study import console; sys.exit(console.{installed}())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert "is not installed" in line and "'.[study]'" in line
+
+
 def test_a_wrong_option_ends_in_one_line(folder, capsys):
     with pytest.raises(SystemExit) as exit:
         command.main([str(folder), "--attack", "nonsense"])
