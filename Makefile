@@ -41,7 +41,7 @@ demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure 
 	$(RUN) -m kaf_study.figures scatter $(DEMO_MODELS) --out imgs/demo_scatter.png
 
 test: lint ## lint, types and all tests (minutes)
-	$(RUN) -m pytest -q -n 2 --dist loadfile -m '$(MARK)'
+	$(RUN) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m '$(MARK)'
 
 # The layer under a backend alone: no TensorFlow, nothing of the study
 test-jax: ## the layer under JAX, in an environment of its own
