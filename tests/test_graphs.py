@@ -7,10 +7,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 
 from kaf_study import InputError
 from kaf_study.saved_models import logits_of, open_model, unpack
 from kaf_study.saved_models.graphs import DERIVED, KEPT_GRADIENTS, NOT_FROZEN, RAISED, Graph
+from kaf_study.saved_models.original import TWIN
 
 SHAPE, CLASSES = (6, 6, 3), 3
 IMAGES = np.random.default_rng(0).uniform(0, 1, (4, *SHAPE)).astype("float32")
@@ -252,6 +254,7 @@ def graphs_as_written():
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ORIGINAL.is_dir(), reason="the original networks are not beside this")
 @pytest.mark.usefixtures("graphs_as_written")
 def test_original_networks_open_and_agree_with_their_own_serving_default(tmp_path, monkeypatch):
@@ -266,16 +269,64 @@ def test_original_networks_open_and_agree_with_their_own_serving_default(tmp_pat
         unpack(archive, tmp_path / archive.stem)
         (folder,) = (tmp_path / archive.stem).iterdir()
         with open_model(archive) as loaded:
-            logits, outputs = logits_of(loaded.model, images)
-        assert outputs == "softmax removed"
+            assert isinstance(loaded.model, keras.Model)
+        half, removed = as_saved.pop().before_squashing()
+        assert removed == "softmax"
         has_swish = archive.stem == "resnet20_swish_ocrob_lrf"
         derived = (DERIVED.format(19),) if has_swish else ()
-        assert loaded.remarks == (*derived, RAISED.format("float16"))
-        half, _ = as_saved.pop().before_squashing()
+        assert loaded.remarks == (*derived, RAISED.format("float16"), TWIN)
         p = served(folder)(images)
         np.testing.assert_allclose(tf.nn.softmax(half(images)), p, atol=1e-3, err_msg=archive.stem)
         # Where KAFs add up large terms that cancel, float16 is off by more.
+        logits = in_float32(half)
         raised = tf.nn.softmax(logits(tf.constant(images))).numpy()
         assert np.abs(raised - p).mean() < 0.05, archive.stem
+        ours = tf.nn.softmax(loaded.model(images, training=False)).numpy()
+        np.testing.assert_allclose(ours, raised, atol=1e-3, err_msg=archive.stem)
+        if archive.stem in ("resnet20_kafelu_ocrob_lrf", "resnet20_kafs_freedictkb_ocrob_lrfinder"):
+            ours, graphs = (gradient(model, images) for model in (loaded.model, logits))
+            assert np.abs(ours - graphs).max() < 0.01 * np.abs(graphs).max(), archive.stem
         if has_swish:
             assert_gradient_is_slope(logits, images, step=0.02, rtol=0.01)
+
+
+# --- and networks like them
+
+
+def like_the_original(activation, scale=1.0):
+    """A ResNet8 as Keras 2 wrote it, with a softmax; `scale`: of its features, in no weight."""
+    layers = tf_keras.layers
+    generator = np.random.default_rng(0)
+
+    def batch_norm(x):
+        return layers.BatchNormalization(moving_mean_initializer="random_normal")(x)
+
+    x = inputs = layers.Input((32, 32, 3))
+    x = layers.Activation(activation)(batch_norm(layers.Conv2D(16, 3, padding="same")(x)))
+    for filters, strides in ((16, 1), (32, 2), (64, 2)):
+        conv = {"kernel_size": 3, "padding": "same"}
+        skip = x if strides == 1 else layers.Conv2D(filters, strides=strides, **conv)(x)
+        x = batch_norm(layers.Conv2D(filters, strides=strides, **conv)(x))
+        x = layers.Conv2D(filters, **conv)(layers.Activation(activation)(x))
+        x = layers.Activation(activation)(batch_norm(layers.Add()([x, skip])))
+    x = layers.GlobalAveragePooling2D()(layers.Rescaling(scale)(x))
+    model = tf_keras.Model(inputs, layers.Dense(10, activation="softmax")(x))
+    model.set_weights([generator.uniform(0.05, 0.15, w.shape) for w in model.get_weights()])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("activation", "scale", "is_ours"),
+    [("elu", 1.0, True), ("tanh", 1.0, False), ("elu", 1.1, False)],
+)
+def test_the_projects_layers_stand_in_only_where_they_compute_the_same(
+    activation, scale, is_ours, tmp_path
+):
+    model = like_the_original(activation, scale)
+    model.save(tmp_path / "m", save_format="tf")
+    images = np.random.default_rng(1).uniform(0, 1, (4, 32, 32, 3)).astype("float32")
+    with open_model(tmp_path / "m") as loaded:
+        logits, _ = logits_of(loaded.model, images)
+    assert isinstance(loaded.model, keras.Model) == is_ours == (TWIN in loaded.remarks)
+    p = tf.nn.softmax(logits(tf.constant(images)))
+    np.testing.assert_allclose(p, model(images), atol=1e-5)

@@ -35,6 +35,7 @@ from kaf_study.saved_models.keras_files import (
     import_modules,
     load_keras,
 )
+from kaf_study.saved_models.original import TWIN, twin
 from kaf_study.saved_models.outputs import (
     HOW_ATTACKED,
     LOGITS,
@@ -139,6 +140,8 @@ def _load(path, name, how):
             folder, training = path, _training_record(path)
     if file.is_dir():
         model, remarks = load_saved_model(file)
+        if (same := twin(file, model)) is not None:
+            model, remarks = same, [*remarks, TWIN]
         sha256 = folder_sha256(file)
     elif file.suffix.lower() in KERAS_SUFFIXES:
         model, remarks = load_keras(file, import_modules(how.imports), how.network)
