@@ -299,7 +299,7 @@ def like_the_original(activation, scale=1.0):
     generator = np.random.default_rng(0)
 
     def batch_norm(x):
-        return layers.BatchNormalization(moving_mean_initializer="random_normal")(x)
+        return layers.BatchNormalization()(x)
 
     x = inputs = layers.Input((32, 32, 3))
     x = layers.Activation(activation)(batch_norm(layers.Conv2D(16, 3, padding="same")(x)))
@@ -311,7 +311,9 @@ def like_the_original(activation, scale=1.0):
         x = layers.Activation(activation)(batch_norm(layers.Add()([x, skip])))
     x = layers.GlobalAveragePooling2D()(layers.Rescaling(scale)(x))
     model = tf_keras.Model(inputs, layers.Dense(10, activation="softmax")(x))
-    model.set_weights([generator.uniform(0.05, 0.15, w.shape) for w in model.get_weights()])
+    for variable in model.variables:
+        like_variance = 1.0 * ("moving_variance" in variable.name or "gamma" in variable.name)
+        variable.assign(like_variance + generator.normal(0, 0.1, variable.shape))
     return model
 
 
