@@ -13,10 +13,7 @@ DEMO_MODELS := $(foreach a,$(DEMO_ACTIVATIONS),runs/demo/digits_light_cnn_$(a)_s
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-# make test MARK='slow or not slow' also repeats stored results of all models
-MARK ?= not slow
-
-.PHONY: help venv demo test test-jax test-torch mutants lint format clean
+.PHONY: help venv demo test test-all test-jax test-torch mutants lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -40,8 +37,11 @@ demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure 
 	$(RUN) robustness_eval.py compare $(DEMO_MODELS)
 	$(RUN) -m kaf_study.figures scatter $(DEMO_MODELS) --out imgs/demo_scatter.png
 
-test: lint ## lint, types and all tests (minutes)
-	$(RUN) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m '$(MARK)'
+test: lint ## lint, types and all tests but the slow ones (minutes)
+	$(RUN) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m 'not slow'
+
+test-all: lint ## the slow tests as well: stored results repeated, large networks, the original ones
+	$(RUN) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 # The layer under a backend alone: no TensorFlow, nothing of the study
 test-jax: ## the layer under JAX, in an environment of its own

@@ -665,14 +665,17 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_histories_with_and_without_the_fast_paths_agree(tmp_path, monkeypatch):
-    def network_without_dropout(name, activation, **kwargs):  # its noise depends on the twin
-        inputs = keras.Input((32, 32, 3))
-        x = keras.layers.Conv2D(4, 3)(keras.layers.AveragePooling2D(4)(inputs))
-        x = activation_layer(activation)(keras.layers.BatchNormalization()(x))
-        return keras.Model(inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x)), name=name)
+def small_network(name, activation, **kwargs):
+    """One convolution, and no dropout, whose noise depends on the twin."""
+    inputs = keras.Input((32, 32, 3))
+    x = keras.layers.Conv2D(4, 3)(keras.layers.AveragePooling2D(4)(inputs))
+    layer = activation_layer(activation) if isinstance(activation, str) else activation()
+    x = layer(keras.layers.BatchNormalization()(x))
+    return keras.Model(inputs, keras.layers.Dense(10)(keras.layers.Flatten()(x)), name=name)
 
-    monkeypatch.setattr(train, "build", network_without_dropout)
+
+def test_histories_with_and_without_the_fast_paths_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build", small_network)
     monkeypatch.setattr(train, "PROBE_IMAGES", 64)
     settings = config(activation="kaf", lr_max=0.05)
     train.train(settings, tmp_path / "fast", verbose=0)
@@ -758,7 +761,8 @@ def test_estimates_of_batch_norm_are_means_over_all_batches():
     assert layer.momentum == momentum
 
 
-def test_ratio_of_kwta_falls_as_told(tiny, tmp_path):
+def test_ratio_of_kwta_falls_as_told(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build", small_network)
     settings = config(
         activation="kwta",
         optimizer="adam",
