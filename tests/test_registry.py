@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +57,65 @@ def test_a_suite_can_change_what_its_members_do(monkeypatch):
     monkeypatch.setitem(ATTACKS, "suite", changed)
     fgsm, square = AttackSettings("suite", seed=4).members
     assert (fgsm.seed, square.seed, square.steps) == (0, 4, 5000)
+
+
+def test_a_targeted_attack_aims_at_no_more_classes_than_there_are():
+    def targets(settings, *classes):
+        return [settings.fitted(n).restarts for n in classes]
+
+    assert targets(AttackSettings("apgd-t"), 2, 4, 9, 10, 100) == [1, 3, 8, 9, 9]
+    assert targets(AttackSettings("margin-t"), 1, 2, 3, 4, 10) == [1, 1, 2, 3, 3]
+    assert targets(AttackSettings("apgd-t", restarts=5), 2, 10) == [5, 5]  # as asked for
+    assert targets(AttackSettings(), 2, 10) == [10, 10]  # random starts
+    assert [m.restarts for m in AttackSettings("autoattack").members_for(4)] == [1, 3, 3, 1]
+
+
+@pytest.fixture
+def making(monkeypatch):
+    """Function: (settings, classes) -> what the attack of these settings is made with."""
+
+    class Made(dict):
+        def __init__(self, classifier, **settings):
+            super().__init__(settings)
+
+    module = ModuleType("kaf_study.attacks.made")
+    module.Made = Made
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name, attack in ATTACKS.items():
+        monkeypatch.setitem(ATTACKS, name, replace(attack, made_by="made.Made"))
+    return lambda settings, classes: settings.made_for(SimpleNamespace(nb_classes=classes))
+
+
+def test_an_attack_is_made_with_its_settings_and_a_step_only_if_it_takes_one(making):
+    assert making(AttackSettings("pgd", 0.5, 0.25, 3), 2) == {
+        "epsilon": 0.5,
+        "alpha": 0.25,
+        "steps": 3,
+    }
+    assert making(AttackSettings("apgd-t", 0.5, steps=7), 10) == {
+        "epsilon": 0.5,
+        "steps": 7,
+        "name": "apgd-t",
+    }
+    assert AttackSettings("apgd-t").implementation == "kaf_study.attacks.apgd, targeted DLR"
+    assert AttackSettings("fgsm").is_random is False
+
+
+@pytest.mark.parametrize(
+    ("name", "fewest"), [("pgd", 2), ("apgd-ce", 2), ("apgd-dlr", 3), ("apgd-t", 4), ("fab-t", 2)]
+)
+def test_a_model_needs_as_many_classes_as_the_loss(name, fewest, making):
+    settings = AttackSettings(name).fitted(fewest)
+    assert making(settings, fewest)["epsilon"] == settings.epsilon
+    with pytest.raises(InputError, match=f"{name} needs at least {fewest} classes.* {fewest - 1}"):
+        making(settings, fewest - 1)
+
+
+def test_there_is_one_target_for_each_other_class(making):
+    assert making(AttackSettings("apgd-t", restarts=4), 5)
+    assert making(AttackSettings("apgd-t", restarts=3), 5)
+    with pytest.raises(InputError, match="5 classes allow 4 restarts; got 5"):
+        making(AttackSettings("apgd-t", restarts=5), 5)
 
 
 def test_what_is_given_is_kept_as_plain_numbers():
