@@ -321,6 +321,28 @@ def test_whatever_training_json_holds_is_read_or_refused_in_one_line(tmp_path):
         assert not one_line_or_read(trained_models, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("lost", "new", "told"),
+    [
+        ("seed", "sead", "lack seed, and name sead that"),
+        ("seed", None, "lack seed, and name nothing that"),
+        (None, "sead", "lack nothing, and name sead that"),
+    ],
+)
+def test_settings_that_are_missing_or_unknown_are_named(lost, new, told, tmp_path):
+    record = training_record()
+    record["settings"] = {k: v for k, v in record["settings"].items() if k != lost}
+    record["settings"] |= {new: 1} if new else {}
+    with pytest.raises(InputError, match=told):
+        read_training(write_training(tmp_path / "m", record) / "training.json")
+
+
+def test_no_training_took_less_than_no_time(tmp_path):
+    record = training_record() | {"seconds": -0.5}
+    with pytest.raises(InputError, match="seconds"):
+        read_training(write_training(tmp_path / "m", record) / "training.json")
+
+
 def test_whatever_a_result_holds_is_read_or_refused_in_one_line(tmp_path):
     path = write(tmp_path, attack="suite")
     text, rows = path.read_text(), path.with_suffix(".csv").read_text()
