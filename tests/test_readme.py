@@ -1,6 +1,7 @@
 """What the README shows is so: its Python runs, its table is drawn from the result files."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from kaf_study import compare
+from kaf_study.records import read_results
+from kaf_study.tables import model_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,8 +42,27 @@ def test_tables_are_those_of_the_result_files(tmp_path):
     assert copy.read_text(encoding="utf-8") == README
 
 
+def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path):
+    text = (ROOT / "results/original/README.md").read_text(encoding="utf-8")
+    copy = tmp_path / "README.md"
+    copy.write_text(text, encoding="utf-8")
+    (command,) = re.findall(r"robustness_eval.py compare (results/original .*)", text)
+    arguments = shlex.split(command)
+    arguments[0], arguments[-1] = str(ROOT / arguments[0]), str(copy)
+    assert compare.main(arguments) == 0
+    assert copy.read_text(encoding="utf-8") == text
+    # What the README tells of them
+    table = model_table(read_results(ROOT / "results/original")).set_index("model")
+    told = re.findall(r"^\| `(resnet20_\w+)` \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    assert sorted(name for name, *_ in told) == sorted(table.index)
+    for name, clean, robust in told:
+        row = table.loc[name]
+        assert clean == f"{100 * row['clean_accuracy']:.1f}", name
+        assert robust == f"{100 * row['rapid']:.1f}", name
+
+
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:imgs|src|tests|benchmarks)/[\w/.]+", README)))
+    "path", sorted(set(re.findall(r"(?:imgs|src|tests|benchmarks|results)/[\w/.]+", README)))
 )
 def test_files_named_in_the_readme_exist(path):
     assert (ROOT / path).exists() or path == "imgs/demo_scatter.png"

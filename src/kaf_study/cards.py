@@ -57,9 +57,10 @@ def shown(table: pd.DataFrame) -> dict[str, list[str]]:
     if table["published_accuracy"].notna().any():
         cells["published clean"] = plain("published_accuracy", "{:.2f}", 100)
         cells["published robust*"] = plain("published_robustness", "{:.2f}", 100)
-    cells["s per epoch"] = plain("seconds_per_epoch", "{:.0f}")
-    cells["epochs"] = plain("epochs", "{:.0f}")
-    cells["parameters"] = plain("parameters", "{:,.0f}")
+    if table["epochs"].notna().any():  # of a training of ours
+        cells["s per epoch"] = plain("seconds_per_epoch", "{:.0f}")
+        cells["epochs"] = plain("epochs", "{:.0f}")
+        cells["parameters"] = plain("parameters", "{:,.0f}")
     return cells
 
 
@@ -78,7 +79,9 @@ def notes(
         + " ± one binomial standard error" * errors
         + f"; L-inf, eps {255 * row['epsilon']:g}/255"
         + (f", step {255 * step:g}/255" if step else "")
-        + ". PGD-S-R: S steps, R random restarts; the worst counts, image by image."
+        + ". "
+        + ("PGD-S-R: S steps, R random restarts; the" if step else "The")
+        + " worst counts, image by image."
     ]
     lines += [sentence for kind, sentence in WHAT_COMBINED.items() if kind in n]
     if "pgd_predicted" in n:
