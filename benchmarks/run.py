@@ -547,7 +547,7 @@ def end_points(results):
 
 
 def end_point_table(results):
-    """Markdown, for the README too."""
+    """Markdown, for benchmarks/README.md too."""
     lines = ["| ratio | aim | measured | |", "| --- | ---: | ---: | --- |"]
     for what, measured, limit, sense in end_points(results):
         if measured is None:

@@ -1,4 +1,4 @@
-"""What the README shows is so: its Python runs, its table is drawn from the result files."""
+"""What README and RESULTS show is so: Python runs, figures are those of the result files."""
 
 import re
 import shlex
@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from kaf_study import compare
+from kaf_study.activations import STUDIED
 from kaf_study.records import read_results
 from kaf_study.tables import model_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def test_python_blocks_run():
@@ -24,8 +26,8 @@ def test_python_blocks_run():
 
 
 def test_tables_are_those_of_the_result_files(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text(README, encoding="utf-8")
+    copy = tmp_path / "RESULTS.md"
+    copy.write_text(RESULTS, encoding="utf-8")
     cards = tmp_path / "cards.md"
     arguments = [
         str(ROOT / "models"),
@@ -37,9 +39,32 @@ def test_tables_are_those_of_the_result_files(tmp_path):
     ]
     assert compare.main(arguments) == 0
     assert cards.read_text() == (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+    assert copy.read_text(encoding="utf-8") == RESULTS
+
+
+def test_table_of_the_benchmarks_is_that_of_their_results(tmp_path):
+    text = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    copy = tmp_path / "README.md"
+    copy.write_text(text, encoding="utf-8")
     command = [sys.executable, ROOT / "benchmarks" / "run.py", "table", "--into", copy]
     subprocess.run(command, check=True)
-    assert copy.read_text(encoding="utf-8") == README
+    assert copy.read_text(encoding="utf-8") == text
+
+
+def test_the_first_table_is_of_the_first_seeds():
+    table = model_table(read_results(ROOT / "models"))
+    table = table[table["architecture"] == "resnet20"].drop_duplicates("activation")
+    rows = [
+        f"| {STUDIED[row.activation].label} | {shown(row, 'clean')} | {shown(row, 'pgd_true')} | "
+        f"{100 * row.published_accuracy:.2f} / {100 * row.published_robustness:.2f} |"
+        for row in table.itertuples()
+    ]
+    assert "\n".join(rows) in README
+
+
+def shown(row, kind):
+    accuracy = getattr(row, "clean_accuracy" if kind == "clean" else kind)
+    return f"{100 * accuracy:.1f} ± {100 * getattr(row, f'{kind}_standard_error'):.1f}"
 
 
 def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path):
@@ -51,9 +76,9 @@ def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path)
     arguments[0], arguments[-1] = str(ROOT / arguments[0]), str(copy)
     assert compare.main(arguments) == 0
     assert copy.read_text(encoding="utf-8") == text
-    # What the README tells of them
+    # What RESULTS tells of them
     table = model_table(read_results(ROOT / "results/original")).set_index("model")
-    told = re.findall(r"^\| `(resnet20_\w+)` \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    told = re.findall(r"^\| `(resnet20_\w+)` \| ([\d.]+) \| ([\d.]+) \|", RESULTS, re.MULTILINE)
     assert sorted(name for name, *_ in told) == sorted(table.index)
     for name, clean, robust in told:
         row = table.loc[name]
@@ -62,7 +87,8 @@ def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?:imgs|src|tests|benchmarks|results)/[\w/.]+", README)))
+    "path",
+    sorted(set(re.findall(r"(?:imgs|src|tests|benchmarks|results)/[\w/.]+", README + RESULTS))),
 )
 def test_files_named_in_the_readme_exist(path):
     assert (ROOT / path).exists() or path == "imgs/demo_scatter.png"

@@ -1,7 +1,7 @@
 """Compare models from their result files alone: tables, tests, claims, cards, scatter plot.
 
 python robustness_eval.py compare models/
-python robustness_eval.py compare models/ --into README.md --cards models/README.md
+python robustness_eval.py compare models/ --into RESULTS.md --cards models/README.md
 """
 
 import io
@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--out", metavar="DIR", help="writes .csv, .md and .png files there")
     parser.add_argument(
         "--into",
-        metavar="README.md",
+        metavar="RESULTS.md",
         help="rewrites its <!-- table -->, <!-- paired --> and, of several seeds, <!-- claims -->",
     )
     parser.add_argument("--cards", metavar="FILE.md", help="writes model cards")

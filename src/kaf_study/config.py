@@ -185,7 +185,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         "--epsilon", type=float, default=8, help="L-inf radius in 255ths (%(default)g); 0: ordinary"
     )
     add("--alpha", type=float, help="step of the attack in 255ths (1.25 epsilon; N-FGSM: epsilon)")
-    add("--recipe", default="fast", help="fast (default), thesis, adam or strong (see the README)")
+    add("--recipe", default="fast", help="fast (default), thesis, adam or strong (see RESULTS.md)")
     for name in (
         "lr-min", "lr-max", "lr-start", "lr-peak", "momentum", "l2", "ema-momentum", "noise",
         "epsilon-ramp", "pairing", "pairing-ramp", "label-smoothing",
