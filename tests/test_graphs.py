@@ -7,7 +7,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
 
 from kaf_study import InputError
 from kaf_study.saved_models import logits_of, open_model, unpack
@@ -293,22 +292,21 @@ def test_original_networks_open_and_agree_with_their_own_serving_default(tmp_pat
 # --- and networks like them
 
 
-def like_the_original(activation, scale=1.0):
+def like_the_original(activation, scale=1.0, size=32):
     """A ResNet8 as Keras 2 wrote it, with a softmax; `scale`: of its features, in no weight."""
+    tf_keras = pytest.importorskip("tf_keras", reason="the optional tf_keras is not installed")
     layers = tf_keras.layers
     generator = np.random.default_rng(0)
-
-    def batch_norm(x):
-        return layers.BatchNormalization()(x)
-
-    x = inputs = layers.Input((32, 32, 3))
-    x = layers.Activation(activation)(batch_norm(layers.Conv2D(16, 3, padding="same")(x)))
+    x = inputs = layers.Input((size, size, 3))
+    x = layers.Activation(activation)(
+        layers.BatchNormalization()(layers.Conv2D(16, 3, padding="same")(x))
+    )
     for filters, strides in ((16, 1), (32, 2), (64, 2)):
         conv = {"kernel_size": 3, "padding": "same"}
         skip = x if strides == 1 else layers.Conv2D(filters, strides=strides, **conv)(x)
-        x = batch_norm(layers.Conv2D(filters, strides=strides, **conv)(x))
+        x = layers.BatchNormalization()(layers.Conv2D(filters, strides=strides, **conv)(x))
         x = layers.Conv2D(filters, **conv)(layers.Activation(activation)(x))
-        x = layers.Activation(activation)(batch_norm(layers.Add()([x, skip])))
+        x = layers.Activation(activation)(layers.BatchNormalization()(layers.Add()([x, skip])))
     x = layers.GlobalAveragePooling2D()(layers.Rescaling(scale)(x))
     model = tf_keras.Model(inputs, layers.Dense(10, activation="softmax")(x))
     for variable in model.variables:
@@ -318,15 +316,20 @@ def like_the_original(activation, scale=1.0):
 
 
 @pytest.mark.parametrize(
-    ("activation", "scale", "is_ours"),
-    [("elu", 1.0, True), ("tanh", 1.0, False), ("elu", 1.1, False)],
+    ("activation", "scale", "size", "is_ours"),
+    [
+        ("elu", 1.0, 32, True),
+        ("tanh", 1.0, 32, False),
+        ("elu", 1.1, 32, False),
+        ("elu", 1, 48, False),
+    ],
 )
 def test_the_projects_layers_stand_in_only_where_they_compute_the_same(
-    activation, scale, is_ours, tmp_path
+    activation, scale, size, is_ours, tmp_path
 ):
-    model = like_the_original(activation, scale)
+    model = like_the_original(activation, scale, size)
     model.save(tmp_path / "m", save_format="tf")
-    images = np.random.default_rng(1).uniform(0, 1, (4, 32, 32, 3)).astype("float32")
+    images = np.random.default_rng(1).uniform(0, 1, (4, size, size, 3)).astype("float32")
     with open_model(tmp_path / "m") as loaded:
         logits, _ = logits_of(loaded.model, images)
     assert isinstance(loaded.model, keras.Model) == is_ours == (TWIN in loaded.remarks)

@@ -21,7 +21,7 @@ from kaf_study.saved_models.outputs import logits_of
 
 TOLERANCE = 1e-3
 TWIN = f"its weights in this project's layers stand in for its graph, logits within {TOLERANCE:g}"
-IMAGES = 16  # on which the logits are compared
+IMAGES = (16, 32, 32, 3)  # on which the logits are compared
 FIXED = ("relu", "elu", "swish")
 
 Weights = dict[str, np.ndarray]  # of a layer, by name
@@ -33,12 +33,14 @@ def twin(folder: Path, graph: Callable) -> keras.Model | None:
     Args:
         graph: the SavedModel as a function of images, as `load_saved_model` gives it.
     """
+    if tuple(getattr(graph, "input_shape", None) or ())[1:] != IMAGES[1:]:
+        return None
     of_layers = _weights_of_layers(folder)
     kernels = [weights["kernel"] for weights in of_layers if "kernel" in weights]
     blocks, rest = divmod(len(kernels) - 4, 6)  # besides them: the first, two skips, the dense one
     if rest or blocks < 1:
         return None
-    x = np.random.default_rng(0).uniform(0, 1, (IMAGES, 32, 32, 3)).astype("float32")
+    x = np.random.default_rng(0).uniform(0, 1, IMAGES).astype("float32")
     logits, _ = logits_of(graph, x)
     expected = logits(tf.constant(x)).numpy()
     for activation in _candidates(of_layers):
@@ -73,7 +75,7 @@ def _weights_of_layers(folder: Path) -> list[Weights]:
 
 def _candidates(of_layers: list[Weights]) -> tuple[Activation, ...]:
     """The activations it may have; a fixed one has no weights to be known by."""
-    kaf = next((weights for weights in of_layers if "mix_coeffs" in weights), None)
+    kaf = next((w for w in of_layers if {"mix_coeffs", "d"} <= w.keys()), None)
     if kaf is None:
         return FIXED
     # A dictionary kept in float16 is not quite equally spaced.
