@@ -37,11 +37,13 @@ demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure 
 	$(RUN) robustness_eval.py compare $(DEMO_MODELS)
 	$(RUN) -m kaf_study.figures scatter $(DEMO_MODELS) --out imgs/demo_scatter.png
 
+TESTS := -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: lint ## lint, types and all tests but the slow ones (minutes)
-	$(RUN) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m 'not slow'
+	$(RUN) $(TESTS) -m 'not slow'
 
 test-all: lint ## the slow tests as well: stored results repeated, large networks, the original ones
-	$(RUN) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+	$(RUN) $(TESTS)
 
 # The layer under a backend alone: no TensorFlow, nothing of the study
 test-jax: ## the layer under JAX, in an environment of its own
