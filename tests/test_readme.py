@@ -10,12 +10,15 @@ import pytest
 
 from kaf_study import compare
 from kaf_study.activations import STUDIED
+from kaf_study.cards import shown
 from kaf_study.records import read_results
 from kaf_study.tables import model_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+
+KAFS = ("kaf_ocrob_lrfinder", "kafswish_ocrob_lrfinder")  # random start, started as Swish
 
 
 def test_python_blocks_run():
@@ -53,18 +56,12 @@ def test_table_of_the_benchmarks_is_that_of_their_results(tmp_path):
 
 def test_the_first_table_is_of_the_first_seeds():
     table = model_table(read_results(ROOT / "models"))
-    table = table[table["architecture"] == "resnet20"].drop_duplicates("activation")
-    rows = [
-        f"| {STUDIED[row.activation].label} | {shown(row, 'clean')} | {shown(row, 'pgd_true')} | "
-        f"{100 * row.published_accuracy:.2f} / {100 * row.published_robustness:.2f} |"
-        for row in table.itertuples()
-    ]
-    assert "\n".join(rows) in README
-
-
-def shown(row, kind):
-    accuracy = getattr(row, "clean_accuracy" if kind == "clean" else kind)
-    return f"{100 * accuracy:.1f} ± {100 * getattr(row, f'{kind}_standard_error'):.1f}"
+    first = table[table["architecture"] == "resnet20"].drop_duplicates("activation")
+    told = shown(first)
+    columns = ("clean", "PGD-50-10, true labels", "published clean", "published robust*")
+    rows = zip(first["activation"], *(told[column] for column in columns), strict=True)
+    text = [f"| {STUDIED[a].label} | {c} | {r} | {pc} / {pr} |" for a, c, r, pc, pr in rows]
+    assert "\n".join(text) in README
 
 
 def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path):
@@ -76,7 +73,7 @@ def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path)
     arguments[0], arguments[-1] = str(ROOT / arguments[0]), str(copy)
     assert compare.main(arguments) == 0
     assert copy.read_text(encoding="utf-8") == text
-    # What RESULTS tells of them
+    # What RESULTS and the README tell of them
     table = model_table(read_results(ROOT / "results/original")).set_index("model")
     told = re.findall(r"^\| `(resnet20_\w+)` \| ([\d.]+) \| ([\d.]+) \|", RESULTS, re.MULTILINE)
     assert sorted(name for name, *_ in told) == sorted(table.index)
@@ -84,6 +81,16 @@ def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path)
         row = table.loc[name]
         assert clean == f"{100 * row['clean_accuracy']:.1f}", name
         assert robust == f"{100 * row['rapid']:.1f}", name
+    swish, relu, kaf, kaf_swish = (
+        100 * table.loc[f"resnet20_{name}", "rapid"]
+        for name in ("swish_ocrob_lrf", "relu_ocrob_lrf", *KAFS)
+    )
+    above = (
+        f"Swish's stands {swish - relu:.1f} points above ReLU's ({swish:.1f} against {relu:.1f} %"
+    )
+    assert above in " ".join(README.split())
+    assert f"KAF {kaf - relu:.1f} above it" in " ".join(README.split())
+    assert kaf_swish < relu  # "not"
 
 
 @pytest.mark.parametrize(
