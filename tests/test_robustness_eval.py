@@ -222,6 +222,22 @@ def test_without_the_packages_of_the_study_one_line_says_so(installed):
     assert "is not installed" in line and "'.[study]'" in line
 
 
+def test_help_fits_a_terminal_group_by_group(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    text = capsys.readouterr().out
+    assert max(len(line) for line in text.splitlines()) <= 80
+    groups = text.split("\n\n")
+    assert [group.partition(":")[0] for group in groups[-3:]] == [
+        "models and images",
+        "attack",
+        "results",
+    ]
+    assert max(len(group.splitlines()) for group in groups) <= 24
+    assert all(name in groups[-2] for name in command.ATTACKS)
+
+
 def test_a_wrong_option_ends_in_one_line(folder, capsys):
     with pytest.raises(SystemExit) as exit:
         command.main([str(folder), "--attack", "nonsense"])

@@ -1,15 +1,16 @@
 """Attack saved classifiers and say how many test images stand.
 
-    python robustness_eval.py models/NAME                      # PGD; a model folder of this project
-    python robustness_eval.py foreign.h5 --input 0..255        # any Keras or TensorFlow classifier
-    python robustness_eval.py models/NAME --attack suite       # several attacks, the worst counts
-    python robustness_eval.py models/NAME --check              # is the evaluation to be trusted?
-    python robustness_eval.py compare models/                  # tables and figure from result files
+    python robustness_eval.py models/NAME                 # PGD; a model folder
+    python robustness_eval.py foreign.h5 --input 0..255   # a Keras classifier
+    python robustness_eval.py models/NAME --attack suite  # the worst of several
+    python robustness_eval.py models/NAME --check         # can it be trusted?
+    python robustness_eval.py compare models/             # tables and a figure
 
-MODEL is a model folder, a .keras or .h5 file (of Keras 3; of Keras 2 where tf_keras is installed),
-a SavedModel folder, or a .zip of one. Results go to MODEL/robustness/ (model folders), else to
-robustness/NAME/ beside the model, or to DIR/NAME/ with --out DIR. Interrupted, the same command
-goes on after the last finished restart. How images are counted, under true and under predicted
+MODEL is a model folder, a .keras or .h5 file (of Keras 3; of Keras 2 where
+tf_keras is installed), a SavedModel folder, or a .zip of one. Results go to
+MODEL/robustness/ (model folders), else to robustness/NAME/ beside the model,
+or to DIR/NAME/ with --out DIR. Interrupted, the same command goes on after the
+last finished restart. How images are counted, under true and under predicted
 labels, is written in kaf_study/evaluation.py.
 """
 
@@ -134,13 +135,18 @@ def opening_of(arguments: Namespace) -> "Opening":
 
 def add_attack_options(parser: _ArgumentGroup) -> None:
     """The options that decide a verdict: what `settings_of` reads."""
-    suites = "; ".join(
-        f"{name}: {', '.join(member for member, _ in attack.members)}, each on what still stands"
+    suites = ", ".join(
+        f"{name} ({', '.join(member for member, _ in attack.members)})"
         for name, attack in ATTACKS.items()
         if attack.members
     )
+    alone = ", ".join(name for name, attack in ATTACKS.items() if not attack.members)
     parser.add_argument(
-        "--attack", choices=tuple(ATTACKS), default="pgd", help=f"pgd (default); {suites}"
+        "--attack",
+        choices=tuple(ATTACKS),
+        default="pgd",
+        metavar="NAME",
+        help=f"one of {alone} (pgd); or several in turn, each on what still stands: {suites}",
     )
     parser.add_argument("--eps", type=float, default=8, help="L-inf radius in 255ths (8)")
     parser.add_argument("--step", type=float, help="step size of pgd in 255ths (2)")
