@@ -39,6 +39,8 @@ from kaf_study.files import make_writable
 from kaf_study.records import write_json
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from kaf_study.evaluation import ImageSet
     from kaf_study.sanity_checks import CheckReport
     from kaf_study.saved_models import LoadedModel, Opening
@@ -251,7 +253,7 @@ def opened(
     arguments: Namespace, stack: ExitStack
 ) -> "tuple[list[LoadedModel], dict[str, ImageSet]]":
     """The models, and {data set: ImageSet}; all is opened before anything is attacked."""
-    from kaf_study import evaluation
+    from kaf_study import datasets, evaluation
     from kaf_study.saved_models import open_model
 
     how = opening_of(arguments)
@@ -260,10 +262,10 @@ def opened(
     names = {_dataset(model, arguments) for model in models}
     if arguments.data_dir is not None and "cifar10" not in names:
         raise InputError(f"--data-dir is for cifar10, not for {', '.join(names)}; leave it out")
-    data = {name: test_images(name, arguments) for name in names}
+    tests = {name: datasets.load(name, data_dir=arguments.data_dir)[2] for name in names}
     for model in models:
-        model.refuse_other_range(*data[_dataset(model, arguments)][:2])
-    return models, data
+        model.refuse_other_range(*tests[_dataset(model, arguments)])  # however few are attacked
+    return models, {name: first_images(name, *test, arguments) for name, test in tests.items()}
 
 
 def check(arguments: Namespace) -> bool:
@@ -388,12 +390,10 @@ def _dataset(model, arguments):
     return arguments.dataset or model.dataset or "cifar10"
 
 
-def test_images(name: str, arguments: Namespace) -> "ImageSet":
-    """The first n test images."""
-    from kaf_study import datasets
+def first_images(name: str, x: "NDArray", y: "NDArray", arguments: Namespace) -> "ImageSet":
+    """The first n of the test images of a data set."""
     from kaf_study.evaluation import ImageSet
 
-    _, _, (x, y) = datasets.load(name, data_dir=arguments.data_dir)
     n = len(x) if arguments.all else min(arguments.n, len(x))
     if not arguments.all and arguments.n > n:
         print(f"{name} has {n} test images; all are attacked")
