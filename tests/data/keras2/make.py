@@ -84,14 +84,21 @@ def as_keras_2_13(file):
             archive.writestr(name, content)
 
 
-def trained_with_legacy_adam():
-    """A SavedModel with the slots of an optimizer whose class is gone."""
+def trained_by(optimizer):
+    """A SavedModel is to have the slots of an optimizer whose class is gone."""
     model = tf_keras.Sequential([layers.Flatten(input_shape=SHAPE), layers.Dense(CLASSES)])
-    model.compile(
-        tf_keras.optimizers.legacy.Adam(), tf_keras.losses.SparseCategoricalCrossentropy(True)
-    )
+    model.compile(optimizer, tf_keras.losses.SparseCategoricalCrossentropy(True))
     model.fit(images, np.array([0, 1, 2, 0]), verbose=0)
     return model
+
+
+def save_zipped(model, name):
+    """As Keras 2 wrote a SavedModel before 2.5: without keras_metadata.pb."""
+    folder = HERE / name
+    model.save(folder, save_format="tf")
+    (folder / "keras_metadata.pb").unlink()
+    shutil.make_archive(str(folder), "zip", HERE, name)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
@@ -111,11 +118,12 @@ if __name__ == "__main__":
     as_keras_2_2(HERE / "sequential_without_input.h5")
     as_keras_2_13(HERE / "functional.keras")
 
-    model = trained_with_legacy_adam()
-    folder = HERE / "legacy_adam"
-    model.save(folder, save_format="tf")
-    (folder / "keras_metadata.pb").unlink()
-    shutil.make_archive(str(folder), "zip", HERE, "legacy_adam")
-    shutil.rmtree(folder)
-    expected["legacy_adam"] = model(images).numpy()
+    legacy = tf_keras.optimizers.legacy
+    for name, optimizer in (
+        ("legacy_adam", legacy.Adam()),
+        ("momentum", legacy.SGD(momentum=0.9)),
+    ):
+        model = trained_by(optimizer)
+        save_zipped(model, name)
+        expected[name] = model(images).numpy()
     np.savez_compressed(HERE / "expected.npz", **expected)
