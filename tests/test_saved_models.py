@@ -148,13 +148,21 @@ def test_probabilities_out_of_reach_are_attacked_through_their_logarithm():
     np.testing.assert_allclose(tf.nn.softmax(call(logits)), call(softmax), atol=1e-6)
 
 
-def test_sigmoid_out_of_reach_is_said():
+def test_sigmoid_and_tanh_out_of_reach_are_said():
     model = classifier()
 
     def sigmoid(x, training=False):
         return 1 / (1 + tf.exp(-model(x)))
 
+    def tanh(x, training=False):
+        return 2 / (1 + tf.exp(-20 * model(x))) - 1
+
+    def small(x, training=False):
+        return 0.1 * model(x)
+
     assert logits_of(sigmoid, IMAGES) == (sigmoid, "squashed")
+    assert logits_of(tanh, IMAGES) == (tanh, "squashed")
+    assert logits_of(small, IMAGES) == (small, "logits")
 
 
 @keras.saving.register_keras_serializable("tests")

@@ -21,6 +21,7 @@ SOFTMAX_REMOVED, SIGMOID_REMOVED, TANH_REMOVED = (
 )
 PROBABILITIES = "probabilities"
 SQUASHED = "squashed"
+NEAR_THE_END = 0.99  # of [-1, 1]: a tanh is flat there
 
 HOW_ATTACKED = {
     LOGITS: "at its logits",
@@ -29,8 +30,8 @@ HOW_ATTACKED = {
     TANH_REMOVED: "at its logits (tanh removed)",
     PROBABILITIES: "through the logarithm of its probabilities (its logits are out of reach)",
     SQUASHED: (
-        "at its outputs, which lie in [0, 1] as a sigmoid's do; where that saturates the model "
-        "looks more robust than it is"
+        "at its outputs, which lie in [0, 1] as a sigmoid's do, or up to the ends of [-1, 1] as a "
+        "tanh's; where that saturates the model looks more robust than it is"
     ),
 }
 
@@ -45,7 +46,7 @@ def logits_of(model: Callable, x: np.ndarray) -> tuple[Callable, str]:
     Returns:
         The function, and a key of HOW_ATTACKED: LOGITS (the outputs themselves), "... removed" (up
         to its softmax, sigmoid or tanh), PROBABILITIES (the logarithm of outputs that are
-        probabilities) or SQUASHED (outputs in [0, 1] that are none).
+        probabilities) or SQUASHED (outputs in [0, 1] that are none, or that fill [-1, 1]).
     """
     if isinstance(model, Rescaled):
         inner, outputs = logits_of(model.model, np.asarray(model.pixels(tf.constant(x))))
@@ -60,7 +61,7 @@ def logits_of(model: Callable, x: np.ndarray) -> tuple[Callable, str]:
     if squashing is not None:
         return logits, f"{squashing} removed"
     if p.min() < 0:
-        return model, LOGITS
+        return model, SQUASHED if np.abs(p).max() > NEAR_THE_END else LOGITS
     if np.allclose(p.sum(axis=-1), 1, atol=1e-3):
         return _logarithm(model), PROBABILITIES
     return model, SQUASHED
