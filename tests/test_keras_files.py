@@ -112,7 +112,8 @@ def test_keras_2_file_imports_nothing_of_its_choice(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
 def test_lambda_layer_is_refused_with_what_to_do(suffix, tmp_path):
-    model = classifier(keras.layers.Dense(CLASSES), keras.layers.Lambda(lambda z: z * 2))
+    inner = [keras.Input((CLASSES,)), keras.layers.Lambda(lambda z: z * 2)]
+    model = classifier(keras.layers.Dense(CLASSES), keras.Sequential(inner))
     model.save(tmp_path / f"a.{suffix}")
     for path in (tmp_path / f"a.{suffix}", KERAS_2 / "with_lambda.h5"):
         message = refused(path)

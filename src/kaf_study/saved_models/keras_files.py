@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -217,9 +218,11 @@ def _why_not(file, version, error):
 def _load_keras_3(file, custom_objects):
     """The model, or None and the exception that says why not."""
     try:
-        return keras.models.load_model(
-            file, custom_objects=custom_objects, compile=False, safe_mode=True
-        ), None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how the model was written: it is as it is
+            return keras.models.load_model(
+                file, custom_objects=custom_objects, compile=False, safe_mode=True
+            ), None
     except Exception as error:  # Keras raises a dozen types for a bad file
         return None, error
 
