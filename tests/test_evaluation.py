@@ -523,6 +523,23 @@ def test_suite_is_never_above_its_members_and_can_be_recounted(ten_classes, shor
     assert (rows.felled_by.notna() == (clean & ~robust)).all()
 
 
+def test_with_four_classes_targeted_attacks_aim_at_three(ten_classes, short_suite):
+    model, x, y = ten_classes
+    x, y = x[y < 4], y[y < 4]
+
+    def four(x, training=False):
+        return model(x, training=training)[:, :4]
+
+    members = evaluate(four, x, y, short_suite).summary["attack"]["members"]
+    assert {m["name"]: m["restarts"] for m in members} == {
+        "apgd-ce": 1,
+        "apgd-t": 3,
+        "square": 1,
+        "pgd": 3,
+    }
+    assert evaluate(four, x[:2], y[:2], "apgd-t").summary["attack"]["restarts"] == 3
+
+
 def test_interrupted_suite_repeats_no_finished_work(ten_classes, short_suite, tmp_path):
     model, x, y = ten_classes
     classifier, partial = CompiledClassifier(model, TEN, SHAPE), tmp_path / "partial.npz"
