@@ -149,6 +149,23 @@ def test_layers_of_the_users_own_module(suffix, tmp_path, monkeypatch):
     assert "No module named 'nowhere'" in refused(path, imports=("nowhere",))
 
 
+@needs_tf_keras
+def test_layers_of_the_users_own_module_in_a_keras_2_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_keras_2.py").write_text(
+        "import tf_keras\n\nclass Own(tf_keras.layers.Dense):\n    pass\n"
+    )
+    path = edited(
+        "nested.h5", tmp_path / "a.h5", lambda layers: layers[-1].update(class_name="Own")
+    )
+    message = refused(path)
+    assert "'Own'" in message
+    assert "--import MODULE" in message
+    expected = np.load(KERAS_2 / "expected.npz")
+    with open_model(path, Opening(imports=("own_keras_2",))) as opened:
+        np.testing.assert_allclose(opened.model(expected["images"]), expected["nested"], atol=1e-6)
+
+
 # --- weights alone
 
 
