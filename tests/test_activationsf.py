@@ -281,7 +281,12 @@ FULL_SETTINGS = [
         id="all_of_them",
     ),
     pytest.param(
-        {"D": np.int64(4), "bandwidth": np.float32(0.5), "moving": np.bool_(True)},
+        {
+            "D": np.int64(4),
+            "boundary": np.float32(2.5),
+            "bandwidth": np.float32(0.5),
+            "moving": np.bool_(True),
+        },
         id="numpy_scalars",
     ),
 ]

@@ -179,13 +179,13 @@ def test_the_share_outside_the_dictionary_is_counted_layer_by_layer(rng):
     names = iter(["first", "second"])
 
     def kaf():
-        return Kaf(D=3, boundary=2.0, base="linear", name=next(names))
+        return Kaf(D=3, boundary=2.0, base="relu", name=next(names))
 
     model = dense_network(np.eye(2), 2 * np.eye(2), kaf)  # of the second layer, the inputs double
-    x = np.array([[0, 2.1], [1.1, -1.1], [2, -2], [-3, 0], [0, 0]], "float32")
+    x = np.array([[0, 2.1], [1.1, -1.1], [2, -2], [-3, 0], [2.2, -1.2]], "float32")
     shares = insights.outside_dictionary(model, x, batch_size=2)
     pd.testing.assert_series_equal(
-        shares, pd.Series({"first": 2 / 10, "second": 6 / 10}, name="outside")
+        shares, pd.Series({"first": 3 / 10, "second": 4 / 10}, name="outside")
     )
 
 
