@@ -135,6 +135,15 @@ def test_command_names_the_option_and_then_attacks_in_pixels(digits, tmp_path, c
     ]
 
 
+def test_examples_are_not_transferred_from_a_model_in_a_wrong_range(digits, tmp_path, capsys):
+    x, y = digits
+    nearest_mean(x, y).save(tmp_path / "plain.keras")
+    nearest_mean(fed(x, "0..255"), y).save(tmp_path / "foreign.keras")
+    arguments = [str(tmp_path / "plain.keras"), "--dataset", "digits", "--check"]
+    assert command.main([*arguments, "--transfer-from", str(tmp_path / "foreign.keras")]) == 2
+    assert "foreign.keras" in (line := capsys.readouterr().err) and "--input=0..255" in line
+
+
 def test_range_that_is_given_is_taken(digits, tmp_path):
     x, y = digits
     nearest_mean(fed(x, "0..255"), y).save(tmp_path / "foreign.keras")

@@ -17,8 +17,9 @@ labels, is written in kaf_study/evaluation.py.
 import os
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter, _ArgumentGroup
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -268,20 +269,37 @@ def opened(
     return models, {name: first_images(name, *test, arguments) for name, test in tests.items()}
 
 
+def opened_beside(
+    arguments: Namespace, stack: ExitStack, data: Iterable["ImageSet"]
+) -> "list[LoadedModel]":
+    """The models of --transfer-from; those with a training record of ours take [0, 1]."""
+    from kaf_study.saved_models import open_model
+    from kaf_study.saved_models.pixel_range import Rescaled
+
+    how, others = opening_of(arguments), []
+    for path in arguments.transfer_from:
+        other = stack.enter_context(open_model(path, replace(how, pixel_range=None, network=None)))
+        if how.pixel_range is not None and other.training is None:
+            other = replace(other, model=Rescaled(other.model, how.pixel_range))
+        for images in data:
+            other.refuse_other_range(images.x, images.y)
+        others.append(other)
+    return others
+
+
 def check(arguments: Namespace) -> bool:
     """Run the sanity checks on every model, print them, keep them; returns whether all passed."""
     check_counts(arguments, CHECK_N)
     refuse_ignored(arguments)
 
     from kaf_study import evaluation, sanity_checks
-    from kaf_study.saved_models import open_model
 
     arguments.restarts = sanity_checks.RESTARTS
     settings = settings_of(arguments, "true")
     passed = True
     with ExitStack() as stack:
         models, data = opened(arguments, stack)
-        others = [stack.enter_context(open_model(path)) for path in arguments.transfer_from]
+        others = opened_beside(arguments, stack, data.values())
         for model in models:
             images = data[_dataset(model, arguments)]
             folder = evaluation.result_folder(model, arguments.out)
