@@ -113,6 +113,12 @@ def test_wrong_number_of_channels_is_one_line(digits):
 # --- the command
 
 
+@pytest.mark.parametrize("name", ["0..1", "-1..1", "mean=0.5,std=0.25"])
+def test_the_option_takes_every_range_after_a_blank(name):
+    assert command.parse(["a.keras", "--input", name, "--n", "5"]).input == name
+    assert command.parse(["a.keras", f"--input={name}"]).input == name
+
+
 def test_command_names_the_option_and_then_attacks_in_pixels(digits, tmp_path, capsys):
     x, y = digits
     nearest_mean(fed(x, "0..255"), y).save(tmp_path / "foreign.keras")

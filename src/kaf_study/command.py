@@ -84,7 +84,17 @@ def parse(argv: list[str] | None = None) -> Namespace:
         "--save-adversarial", action="store_true", help="keep the attacked images (.npz)"
     )
     results.add_argument("--force", action="store_true", help="repeat finished evaluations")
-    return parser.parse_args(argv)
+    return parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
+
+
+def _joined(argv):
+    """`--input -1..1` as `--input=-1..1`: argparse takes what begins with a dash for an option."""
+    joined: list[str] = []
+    for argument in argv:
+        if argument == "-1..1" and joined[-1:] == ["--input"]:
+            argument = f"{joined.pop()}={argument}"
+        joined.append(argument)
+    return joined
 
 
 def add_model_options(parser: _ArgumentGroup) -> None:
@@ -111,8 +121,8 @@ def add_model_options(parser: _ArgumentGroup) -> None:
     parser.add_argument(
         "--input",
         metavar="RANGE",
-        help="pixels it was trained on: 0..1 (default), 0..255, -1..1 (as --input=-1..1), or "
-        "mean=R,G,B,std=R,G,B; eps stays in 255ths of [0, 1]",
+        help="pixels it was trained on: 0..1 (default), 0..255, -1..1 or mean=R,G,B,std=R,G,B; "
+        "eps stays in 255ths of [0, 1]",
     )
     parser.add_argument(
         "--architecture", metavar="NAME", help="of a file of weights alone: resnet20, ..."
