@@ -16,6 +16,7 @@ from kaf_study import InputError
 from kaf_study.architectures import build
 from kaf_study.saved_models import Network, Opening, logits_of, open_model
 from kaf_study.saved_models.keras_files import RAISED
+from kaf_study.saved_models.pixel_range import has_rescaling
 
 KERAS_2 = Path(__file__).parent / "data" / "keras2"  # made by the make.py there
 SHAPE, CLASSES = (6, 6, 3), 3
@@ -59,6 +60,7 @@ def test_keras_2_file_opens_through_tf_keras(name, version, kind):
         logits, outputs = logits_of(opened.model, expected["images"])
         assert outputs == kind
         assert version in opened.remarks[0]
+        assert has_rescaling(opened.model) == ("255" in name)
         is_half = "float16" in name
         assert (RAISED.format("float16") in opened.remarks) == is_half
         found = logits(images) if kind == "logits" else tf.nn.softmax(logits(images))

@@ -11,7 +11,7 @@ import pytest
 from kaf_study import InputError, command, sanity_checks
 from kaf_study.datasets import load
 from kaf_study.evaluation import read_results
-from kaf_study.saved_models import PixelRange, logits_of
+from kaf_study.saved_models import PixelRange, logits_of, open_model
 from kaf_study.saved_models.pixel_range import Rescaled, refuse_other_range
 
 PATH = Path("network.keras")
@@ -82,14 +82,17 @@ def test_model_of_pixels_in_0_to_1_passes(digits):
     refuse_other_range(PATH, nearest_mean(x, y), x, y)
 
 
-def test_rescaling_inside_is_found_where_accuracy_hardly_tells(digits):
+def test_rescaling_inside_is_found_where_accuracy_hardly_tells(digits, tmp_path):
     x, y = digits
     inside = keras.layers.Rescaling(1 / 255)
     model = nearest_mean(x, y, inside)
     dense = model.layers[-1]
     dense.set_weights([dense.get_weights()[0], 255 * dense.get_weights()[1] / 255])
-    with pytest.raises(InputError, match=r"Rescaling\(1/255\) inside .* --input=0..255"):
-        refuse_other_range(PATH, model, x, y)
+    model.export(tmp_path / "exported", verbose=False)
+    with open_model(tmp_path / "exported") as exported:
+        for form in (model, exported.model):
+            with pytest.raises(InputError, match=r"Rescaling\(1/255\) inside .* --input=0..255"):
+                refuse_other_range(PATH, form, x, y)
     before = keras.layers.Rescaling(255)  # which undoes it: such a model takes [0, 1]
     refuse_other_range(PATH, nearest_mean(x, y, before, inside), x, y)
 

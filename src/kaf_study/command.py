@@ -89,7 +89,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def _joined(argv):
     """`--input -1..1` as `--input=-1..1`: argparse takes what begins with a dash for an option."""
-    joined: list[str] = []
+    joined = []
     for argument in argv:
         if argument == "-1..1" and joined[-1:] == ["--input"]:
             argument = f"{joined.pop()}={argument}"

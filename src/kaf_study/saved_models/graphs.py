@@ -90,6 +90,19 @@ class Graph:
         return replace(self, output=logits), SQUASHING[node.op]
 
     @property
+    def factors(self) -> list[float]:
+        """The single numbers that something is multiplied by; of a division, the inverse."""
+        found = []
+        for node in self.graph_def.node:
+            for name in node.input if node.op in ("Mul", "RealDiv") else ():
+                constant = self._nodes[_node_name(name)]
+                if constant.op == "Const":
+                    value = tf.make_ndarray(constant.attr["value"].tensor)
+                    if value.size == 1 and value.item():
+                        found.append(1 / value.item() if node.op == "RealDiv" else value.item())
+        return found
+
+    @property
     def precision(self) -> str | None:
         """ "float16" or "bfloat16" where something is computed in it, else None."""
         found = {HALF[t] for node in _all_nodes(self.graph_def) for t in _types(node) if t in HALF}

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from kaf_study import InputError
+from kaf_study.saved_models.graphs import Graph
 
 N = 200  # images on which ranges are compared
 MUCH_BETTER = 0.05  # in accuracy, beside 3 standard errors of the paired difference
@@ -123,9 +124,11 @@ def _correct(model, name, x, y):
 
 
 def has_rescaling(model: Callable) -> bool:
-    """Whether a Keras model brings pixels of 0..255 into its own range by itself."""
-    if not isinstance(model, keras.Model):
-        return False
-    layers = model._flatten_layers()
-    scales = [layer.scale for layer in layers if isinstance(layer, keras.layers.Rescaling)]
-    return any(np.allclose(scale, 1 / 255) or np.allclose(scale, 2 / 255) for scale in scales)
+    """Whether a Keras model or a graph brings pixels of 0..255 into its own range by itself."""
+    scales: list = []
+    if isinstance(model, keras.Model):
+        layers = model._flatten_layers()
+        scales = [layer.scale for layer in layers if isinstance(layer, keras.layers.Rescaling)]
+    elif isinstance(model, Graph):
+        scales = model.factors
+    return any(np.allclose(scale, known) for scale in scales for known in (1 / 255, 2 / 255))
