@@ -68,9 +68,10 @@ def test_keras_2_file_opens_through_tf_keras(name, version, kind):
 
 
 @pytest.mark.parametrize("name", ["sequential_without_input.h5", "functional.keras"])
-def test_without_tf_keras_the_refusal_names_it_and_the_version(name, monkeypatch):
+def test_without_tf_keras_the_refusal_names_it_and_the_version(name, monkeypatch, recwarn):
     monkeypatch.setitem(sys.modules, "tf_keras", None)
     message = refused(KERAS_2 / name)
+    assert not [w for w in recwarn if "input_shape" in str(w.message)]  # advice to its author
     assert "[legacy]" in message
     assert ("2.2.4" if name.endswith("h5") else "2.13.1") in message
 
