@@ -16,7 +16,7 @@ from kaf_study import InputError, compare
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.cards import conclusion, markdown_table, model_cards
 from kaf_study.records import read_results
-from kaf_study.tables import against, model_table, paired_tests
+from kaf_study.tables import against, below_pgd, label_protocols, model_table, paired_tests
 
 N = 100
 
@@ -215,6 +215,30 @@ def test_rapid_and_autoattack_stand_beside_the_suite_each_under_its_name(models)
     assert "| pgd_acc | suite_acc | rapid_acc | autoattack_acc |" in cards
     assert "| 40.0 | 39.0 | 38.0 |" in cards
     assert "pgd_acc, suite_acc and rapid_acc: robust accuracy, true labels; not Auto" in cards
+
+
+def test_what_predicted_labels_add_is_taken_apart(models):
+    """Of 90 right and 10 wrong images 30 stand; without labels 33 of the right, 4 of the wrong."""
+    folder = models / "net_relu"
+    add_result(folder, range(30))
+    # The label of the second result is 0 too; a wrong image that "falls" is pushed onto it.
+    add_result(folder, [*range(33), *range(94, 100)], labels="predicted")
+    chosen = model_table(read_results(models)).attrs["chosen"]
+    row = label_protocols(chosen).loc[str(folder)]
+    assert row["true"] == pytest.approx(0.30)
+    assert row["predicted"] == pytest.approx(0.37)
+    assert row["wrong"] == pytest.approx(0.04)
+    assert row["counting"] == pytest.approx(0.03)
+    assert row["added"] == pytest.approx(row["wrong"] + row["counting"])
+    assert row["pushed"] == pytest.approx(0.4)
+    assert row["later"] == 0  # made up: all fell in the first restart
+
+
+def test_how_far_below_pgd_is_of_the_images_that_both_attacked(models):
+    add_result(models / "net_relu", range(20), attack="suite", n=50, correct=50)
+    chosen = model_table(read_results(models)).attrs["chosen"]
+    assert below_pgd(chosen, "suite") == [pytest.approx(0.8 - 0.4)]  # 40 and 20 of the first 50
+    assert below_pgd(chosen, "rapid") == []
 
 
 def test_cards_name_the_training_that_the_probe_ended(models, tmp_path):

@@ -130,8 +130,8 @@ def conclusion(pairs: pd.DataFrame) -> str:
     """Two sentences: what n images tell apart at 5 %, robust and clean, and what they do not."""
     n, reference, attack = pairs[["n", "reference", "attack"]].iloc[0]
     attack = "the suite" if attack == "suite" else COMBINED.get(attack, attack)
-    robust = _told_apart(pairs, "p_holm", "robust_difference", ("more robust", "less robust"))
-    clean = _told_apart(
+    robust = told_apart(pairs, "p_holm", "robust_difference", ("more robust", "less robust"))
+    clean = told_apart(
         pairs, "clean_p_holm", "clean_difference", ("more accurate", "less accurate")
     )
     return (
@@ -141,7 +141,8 @@ def conclusion(pairs: pd.DataFrame) -> str:
     )
 
 
-def _told_apart(pairs: pd.DataFrame, p: str, difference: str, words: tuple[str, str]) -> str:
+def told_apart(pairs: pd.DataFrame, p: str, difference: str, words: tuple[str, str]) -> str:
+    """Which models lie above and below a reference, in `words`, and which are not told apart."""
     apart = pairs[p] < LEVEL
     parts = []
     for is_above, word in zip((True, False), words, strict=True):

@@ -13,7 +13,7 @@ from kaf_study import InputError
 from kaf_study.activations import STUDIED
 from kaf_study.model_folder import model_order, with_training
 from kaf_study.paired import differences, outcomes
-from kaf_study.records import Evaluation
+from kaf_study.records import Evaluation, is_kept
 
 KINDS = {  # column -> which results are meant
     "pgd_true": {"attack": "pgd", "labels": "true"},
@@ -214,3 +214,49 @@ def _with_results(table: pd.DataFrame, kind: str) -> pd.DataFrame:
     """The rows of a table whose models have results of a kind."""
     rows = table.attrs["chosen"].get(kind)
     return table[table["folder"].isin(rows.index)] if rows is not None else table[:0]
+
+
+# --------------------------------------------------------------------------- attacks and protocols
+
+
+def below_pgd(chosen: Mapping[str, pd.DataFrame], kind: str) -> list[float]:
+    """How far each model's figure under an attack lies below PGD's, on the images of both.
+
+    Args:
+        chosen: of `chosen_results`. kind: of `KINDS`, with true labels.
+    """
+    pgd, other = (chosen.get(name, pd.DataFrame()) for name in ("pgd_true", kind))
+    found = []
+    for folder in other.index.intersection(pgd.index):
+        robust = [Evaluation.read(rows.loc[folder, "path"]).is_robust for rows in (pgd, other)]
+        n = min(map(len, robust))
+        found.append(float(robust[0][:n].mean() - robust[1][:n].mean()))
+    return found
+
+
+def label_protocols(chosen: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """What an attack without labels adds to PGD's figure, image by image; one row per model.
+
+    Returns:
+        Indexed by folder, fractions: true, predicted, the figures under both label protocols;
+        added = predicted - true = wrong + counting, where wrong is the share of images that are
+        wrong when clean and were pushed onto their class, and counting what judging each restart at
+        its last iterate adds among the others; pushed, the share of the wrong images that were
+        pushed so; later, the share of images that the first restart, with true labels, left
+        standing and another felled: more than that the worst of whole runs cannot hide.
+    """
+    rows = {}
+    pgd, other = (chosen.get(name, pd.DataFrame()) for name in ("pgd_true", "pgd_predicted"))
+    for folder in pgd.index.intersection(other.index):
+        true, predicted = (Evaluation.read(found.loc[folder, "path"]) for found in (pgd, other))
+        kept, clean = is_kept(predicted.images), true.is_clean
+        rows[folder] = {
+            "true": true.is_robust.mean(),
+            "predicted": kept.mean(),
+            "added": kept.mean() - true.is_robust.mean(),
+            "wrong": (~clean & kept).mean(),
+            "counting": (clean & kept).mean() - true.is_robust.mean(),
+            "pushed": kept[~clean].mean(),
+            "later": (true.images["restart"].fillna(0) > 1).mean(),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
