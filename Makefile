@@ -13,7 +13,7 @@ DEMO_MODELS := $(foreach a,$(DEMO_ACTIVATIONS),runs/demo/digits_light_cnn_$(a)_s
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help venv demo test test-all test-jax test-torch mutants lint format clean
+.PHONY: help venv demo report test test-all test-jax test-torch mutants lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,15 @@ demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure 
 	$(RUN) robustness_eval.py $(DEMO_MODELS) --dataset digits $(DEMO_ATTACK)
 	$(RUN) robustness_eval.py compare $(DEMO_MODELS)
 	$(RUN) -m kaf_study.figures scatter $(DEMO_MODELS) --out imgs/demo_scatter.png
+
+# A fixed date: the same result files give the same report, byte for byte.
+report: export SOURCE_DATE_EPOCH := 0
+report: venv ## thesis/report.pdf from the result files (needs latexmk and TeX Live)
+	$(RUN) -m kaf_study.report
+	$(RUN) -m kaf_study.figures curves models/cifar10_resnet20_*_seed0 --out imgs/curves_resnet20.pdf
+	$(RUN) -m kaf_study.figures scatter models/cifar10_resnet20_* --protocol pgd-50-10-true --out imgs/rob_acc_resnet20.pdf
+	$(RUN) -m kaf_study.figures shapes models/cifar10_resnet20_kaf*_seed0 --out imgs/kaf_shapes_resnet20.pdf
+	cd thesis && latexmk -pdf -interaction=nonstopmode -halt-on-error report.tex
 
 TESTS := -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 

@@ -1,0 +1,247 @@
+"""The report says what the result files say, and nothing that was typed by hand."""
+
+import hashlib
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from fabricated import result, training_record, write_training
+
+from kaf_study import report
+from kaf_study.attacks.registry import AttackSettings
+from kaf_study.latex import latex, span, tabular
+
+ROOT = Path(__file__).parents[1]
+THESIS = ROOT / "thesis"
+GENERATED = THESIS / "generated"
+SOURCE = re.sub(r"(?<!\\)%.*", "", (THESIS / "report.tex").read_text(encoding="utf-8"))
+PREAMBLE, _, BODY = SOURCE.partition(r"\begin{document}")
+NUMBERS = (GENERATED / "numbers.tex").read_text(encoding="utf-8")
+DEFINED = set(re.findall(r"\\newcommand\{\\(\w+)\}", NUMBERS))
+BIBLIOGRAPHY = (THESIS / "references.bib").read_text(encoding="utf-8")
+ENTRIES = dict(re.findall(r"@\w+\{(\w+),\n(.*?)\n\}", BIBLIOGRAPHY, re.DOTALL))
+OF_LATEX = {"Delta", "Pi"}
+
+
+# --------------------------------------------------------------------------- the text
+
+
+def test_generated_numbers_are_those_of_the_result_files(tmp_path):
+    assert report.main(["--root", str(ROOT), "--out", str(tmp_path)]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in GENERATED.iterdir()}
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (GENERATED / path.name).read_bytes(), path.name
+
+
+def test_every_macro_is_defined_and_used():
+    used = set(re.findall(r"\\([A-Z][A-Za-z]+)", SOURCE)) - OF_LATEX
+    assert used == DEFINED
+
+
+def test_every_table_is_there_and_shown():
+    shown = re.findall(r"\\generated\{(\w+)\}", BODY)
+    assert sorted([*shown, "numbers"]) == sorted(path.stem for path in GENERATED.iterdir())
+
+
+def test_every_reference_is_in_the_bibliography_with_its_number():
+    cited = {key for keys in re.findall(r"\\cite\{(.*?)\}", BODY) for key in keys.split(",")}
+    assert cited == set(ENTRIES)
+    for key, fields in ENTRIES.items():
+        arxiv = re.search(r"eprint\s*= \{(\d{4}\.\d{4,5})\}", fields)
+        doi = re.search(r"doi\s*= \{(10\.\d{4,}/\S+)\}", fields)
+        assert arxiv or doi, key
+        if not doi:  # the style shows a doi, and a note
+            assert f"{{arXiv:{arxiv[1]}}}" in fields, key
+
+
+def test_every_label_is_there_once_and_every_figure():
+    labels = re.findall(r"\\label\{(.*?)\}", BODY)
+    assert len(labels) == len(set(labels))
+    assert set(re.findall(r"\\(?:eq)?ref\{(.*?)\}", BODY)) <= set(labels)
+    figures = re.findall(r"\\includegraphics\[.*?\]\{(.*?)\}", BODY)
+    assert len(figures) == 3
+    for figure in figures:
+        assert figure.startswith("../imgs/") and (THESIS / figure).is_file(), figure
+
+
+# Typed digits. Names of things, and constants of the published work and of the method:
+NAMES = r"CIFAR-10|ResNet20|ResNet-18|PGD-10"
+CONSTANTS = {
+    "2020": "year of the thesis",
+    "60": "epochs of its VGG-like network",
+    "80": "epochs of its ResNet20",
+    "16": "bits",
+    "32": "bits",
+    "64": "bits",
+    "75": "JPEG quality of the copy",
+    "5": "level of the tests, percent",
+    "95": "confidence of the intervals, percent",
+    "83.8": "Wong et al. 2020, clean",
+    "46.1": "Wong et al. 2020, under PGD",
+}
+IN_RESULTS = {"95", "16", "32"}
+
+
+def typed_digits(text):
+    """The numbers in a text that no macro brings: without formulas, commands and references."""
+    for pattern in (
+        r"\\begin\{equation\}.*?\\end\{equation\}",
+        r"\\begin\{tabular\}.*?\\end\{tabular\}",  # of commands
+        r"\$[^$]*\$",
+        r"\\(?:cite|ref|eqref|label|generated|includegraphics|setlength|cmd)(?:\[.*?\])?\{.*?\}"
+        r"(?:\{.*?\})?",
+        rf"\b(?:{NAMES})s?\b",
+        r"\\[A-Za-z]+\*?",
+        r"\[0pt\]|=0pt|0pt|2pt|4pt",
+    ):
+        text = re.sub(pattern, " ", text, flags=re.DOTALL)
+    return re.findall(r"\d+(?:[.,]\d+)*", text)
+
+
+def sections():
+    """{title: text}; the abstract is its own."""
+    parts = re.split(r"\\section\{(.*?)\}", BODY)
+    return {"Abstract": parts[0]} | dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_no_number_is_typed():
+    assert set(typed_digits(BODY)) <= set(CONSTANTS)
+    found = sections()
+    results = ("What the published figures count", "Results", "Mechanism", "Cost", "Conclusion")
+    for title in results:
+        assert set(typed_digits(found[title])) <= IN_RESULTS, title
+    assert set(typed_digits(found["Abstract"])) <= {"2020"}
+    # Formulas are spared above: outside of the method they hold no number.
+    for title in (*results, "Abstract", "Limits"):
+        formulas = re.findall(r"\$[^$]*\$|\\begin\{equation\}.*?\\end\{equation\}",
+                              found[title], re.DOTALL)  # fmt: skip
+        assert not any(re.search(r"\d", formula) for formula in formulas), title
+
+
+# --------------------------------------------------------------------------- the PDF
+
+
+def streams():
+    """The PDF and what its streams hold, decompressed."""
+    content = (THESIS / "report.pdf").read_bytes()
+    yield content
+    for found in re.finditer(rb"stream\r?\n(.*?)endstream", content, re.DOTALL):
+        try:
+            yield zlib.decompressobj().decompress(found[1])
+        except zlib.error:
+            continue  # a font
+
+
+def test_the_pdf_is_of_these_sources():
+    whole = b"\n".join(streams())
+    (digest,) = re.findall(r"\\ResultsDigest\}\{(\w+)\}", NUMBERS)
+    assert digest.encode() in whole, "make report"
+    text = hashlib.md5((THESIS / "report.tex").read_bytes()).hexdigest().upper()
+    assert text.encode() in whole, "make report"
+
+
+def test_the_pdf_is_small_and_tells_nothing_of_the_machine():
+    assert (THESIS / "report.pdf").stat().st_size < 1_000_000
+    whole = b"\n".join(streams())
+    assert not re.search(rb"/(?:root|home|work|tmp|usr|Users)/|/CreationDate|/PTEX", whole)
+    pages = len(re.findall(rb"/Type\s*/Page\b", whole))
+    assert 8 <= pages <= 14
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def test_what_cannot_be_used_is_one_line(tmp_path, capsys):
+    assert report.main(["--root", str(tmp_path)]) == 2
+    (tmp_path / "models").mkdir()
+    assert report.main(["--root", str(tmp_path)]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert line.startswith("kaf_study.report: error: ")
+    assert not (tmp_path / "thesis").exists()
+
+
+N = 400
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """Result files of three activations: a function that adds a network, and the folder."""
+    shutil.copytree(ROOT / "pilots", tmp_path / "pilots")
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copy(ROOT / "benchmarks/results.json", tmp_path / "benchmarks")
+
+    def outcome(robust, settings, model):
+        stands = np.arange(N) < robust * N
+        return result(np.arange(N) < 0.8 * N, stands, settings, model=model)
+
+    def add(activation, seed, robust):
+        settings = {"dataset": "cifar10", "activation": activation, "seed": seed, "epochs": 3}
+        folder = tmp_path / f"models/cifar10_resnet20_{activation}_seed{seed}"
+        write_training(folder, training_record(**settings))
+        history = pd.read_csv(folder / "history.csv").assign(curvature_1=0.5, curvature_2=0.7)
+        history.to_csv(folder / "history.csv", index=False)
+        for one in (AttackSettings(), AttackSettings(labels="predicted"), AttackSettings("rapid")):
+            outcome(robust, one, folder.name).write(folder / "robustness")
+
+    for activation, robust in (("relu", 0.30), ("swish", 0.40), ("kaf", 0.30)):
+        add(activation, 0, robust)
+        name = f"resnet20_{activation}_original"
+        outcome(robust, AttackSettings("rapid"), name).write(tmp_path / "results/original" / name)
+    return tmp_path, add
+
+
+def numbers_of(folder):
+    written = report.reported(folder)
+    return written.numbers, written.tables
+
+
+def test_sentences_follow_the_verdicts(clone):
+    folder, add = clone
+    numbers, tables = numbers_of(folder)
+    assert numbers["StudySeeds"] == "one seed"
+    assert numbers["TestedOver"] == "on the images, one network of each"
+    assert numbers["StudySwishAnswer"] == (
+        "of 2 other activations ReLU and KAF are shown to be less robust than Swish"
+    )
+    assert numbers["StudyKafAnswer"].endswith("none is shown to be more robust than ReLU")
+    assert numbers["OriginalSwishAnswer"] == numbers["StudySwishAnswer"]
+    # More seeds come: they are there by themselves, and the answer is one over seeds.
+    for seed in (1, 2):
+        for activation, robust in (("relu", 0.30), ("swish", 0.40), ("kaf", 0.60)):
+            add(activation, seed, robust + 0.005 * seed)
+    numbers, tables = numbers_of(folder)
+    assert numbers["StudySeeds"] == "3 seeds"
+    assert numbers["TestedOver"] == "over seeds and images"
+    assert "undecided" not in numbers["SeedSpread"]
+    assert "of 2 other activations none is" in numbers["StudySwishAnswer"]  # KAF's seeds disagree
+    for table in ("all", "networks", "labels", "curvature"):
+        assert "seed2" in tables[table] or "seed 2" in tables[table], table
+    assert tables["means"].count(" & 3 & ") == 3
+
+
+def test_the_study_is_that_of_most_networks(clone):
+    folder, add = clone
+    assert numbers_of(folder)[0]["StudyAttack"] == "PGD-50-10"  # both have three: the first found
+    shutil.rmtree(folder / "models/cifar10_resnet20_kaf_seed0/robustness")
+    add("kaf", 1, 0.3)
+    for path in (folder / "models/cifar10_resnet20_kaf_seed1/robustness").glob("pgd-50-10-true*"):
+        path.unlink()
+    assert numbers_of(folder)[0]["StudyAttack"] == "rapid"
+
+
+def test_text_becomes_latex():
+    assert latex("KAF_ReLU -0.5 to +1.2 %, p < 0.001*") == (
+        r"KAF\_ReLU $-$0.5 to +1.2\,\%, p $<$ 0.001$^*$"
+    )
+    assert latex("PGD-50-10 2026-11") == "PGD-50-10 2026-11"
+    assert span([0.365, np.nan, 0.387]) == "36.5 to 38.7" and span([0.1, 0.1]) == "10.0"
+    assert tabular({"a": ["x"], "b": [1]}).splitlines()[2:5] == [
+        r"a & b \\",
+        r"\midrule",
+        r"x & 1 \\",
+    ]
+    assert r"\multicolumn{1}{l}{\emph{of x}} \\x \\" in tabular({"a": ["x"]}, "l", ["of x"])
