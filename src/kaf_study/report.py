@@ -11,32 +11,22 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kaf_study import CommandParser, InputError, tables
-from kaf_study.activations import ACTIVATION_LABELS, STUDIED, is_kaf
-from kaf_study.cards import (
-    COMBINED,
-    claim_notes,
-    shown,
-    shown_claims,
-    shown_means,
-    shown_pairs,
-    told_apart,
-)
-from kaf_study.claims import ALIKE, Study, claims_table, means, studies
-from kaf_study.latex import NONE, Report, listed, points, span, tabular
-from kaf_study.model_folder import TrainedModel, model_labels, trained_models
-from kaf_study.paired import LEVEL
+from kaf_study.activations import ACTIVATION_LABELS, STUDIED
+from kaf_study.cards import COMBINED, shown
+from kaf_study.claims import ALIKE, Study, studies
+from kaf_study.latex import NONE, Report, points, span, tabular
+from kaf_study.model_folder import model_labels, trained_models
 from kaf_study.records import read_json, read_results
-from kaf_study.tables import model_table, paired_tests, pgd_name
+from kaf_study.report_tests import paired, verdicts
+from kaf_study.report_trainings import cost, curvature, first_rate, over_seeds, pilots, trainings
+from kaf_study.tables import model_table, pgd_name
 
 ARCHITECTURE = "resnet20"  # of the study; other networks stand in the table of all
-MOST_ROBUST, KAFS_ROBUST = "Swish is the most robust", "KAFs are more robust than ReLU"
-WORDS, CLEAN_WORDS = ("more robust", "less robust"), ("more accurate", "less accurate")
 
 
 # --------------------------------------------------------------------------- published
@@ -151,10 +141,6 @@ def settings(study: Study) -> dict[str, str]:
     }
 
 
-def first_rate(s: Mapping[str, Any]) -> float:
-    return s["lr_min"] + s["lr_start"] * (s["lr_max"] - s["lr_min"])
-
-
 def last_month(results: pd.DataFrame) -> str:
     """Of the attacks: "November 2026"."""
     summaries = [read_json(Path(path)) for path in results["path"]]
@@ -185,91 +171,6 @@ def label_protocols(report: Report, frame: pd.DataFrame, labels: Mapping[str, st
         | {title: [points(v, "") for v in frame[name]] for name, title in names.items()}
     )
     report.numbers |= {f"Labels{name.title()}": span(frame[name]) for name in frame}
-
-
-# --------------------------------------------------------------------------- tests and verdicts
-
-
-def paired(report: Report, table: pd.DataFrame, kind: str, name: str) -> None:
-    """The paired tests against ReLU and Swish of a table whose models bear the report's names."""
-    known = table.drop_duplicates("activation").set_index("activation")["model"]
-    activations = table.set_index("model")["activation"]
-    above: dict[str, list[str]] = {}
-    reaches: list[float] = []
-    for reference, sign in (("relu", 1), ("swish", -1)):
-        tests = paired_tests(table, [known[reference]], kind) if reference in known else []
-        if not tests:
-            raise InputError(f"no networks of ReLU and Swish with results of {kind} to compare")
-        (pairs,) = tests
-        key = name + ACTIVATION_LABELS[reference]
-        report.tables[f"paired_{key}"] = tabular(shown_pairs(pairs))
-        report.numbers |= {
-            f"{key}Robust": told_apart(pairs, "p_holm", "robust_difference", WORDS),
-            f"{key}Clean": told_apart(pairs, "clean_p_holm", "clean_difference", CLEAN_WORDS),
-        }
-        reaches += list((pairs["high"] - pairs["low"]) / 2)
-        found = pairs[(pairs["p_holm"] < LEVEL) & (sign * pairs["robust_difference"] > 0)]
-        above[reference] = list(activations[found["model"]])
-        for row in pairs[pairs["model"] == known.get("swish")].itertuples():
-            interval = f"{points(row.low)} to {points(row.high)}"
-            report.numbers[f"{name}SwishOverReLU"] = f"{points(row.robust_difference)} ({interval})"
-    report.numbers[f"{name}HalfWidth"] = span(reaches)
-    answers(report, name, above, sorted(set(activations), key=list(STUDIED).index))
-
-
-def answers(
-    report: Report, name: str, above: Mapping[str, Sequence[str]], tested: Sequence[str]
-) -> None:
-    """Two sentences, of above: {"relu": what is above ReLU, "swish": what Swish is above}."""
-    kafs = [a for a in tested if is_kaf(a)]
-    better = [ACTIVATION_LABELS[a] for a in kafs if a in above["relu"]]
-    worse = [ACTIVATION_LABELS[a] for a in tested if a in above["swish"]]
-    report.numbers |= {
-        f"{name}KafAnswer": f"of {len(kafs)} kinds of trainable activation "
-        f"{listed(better) or 'none'} {'are' if better[1:] else 'is'} shown to be more robust than "
-        "ReLU",
-        f"{name}SwishAnswer": f"of {len(tested) - 1} other activations "
-        f"{listed(worse) or 'none'} {'are' if worse[1:] else 'is'} shown to be less robust than "
-        "Swish",
-    }
-
-
-def verdicts(report: Report, study: Study) -> None:
-    """Means and verdicts over seeds; the answers come from these where there are several."""
-    averages, claims = means(study), claims_table(study)
-    report.tables["means"] = tabular(shown_means(averages))
-    cells = shown_claims(claims.assign(why=""))
-    heads = cells.pop("claim")
-    report.tables["claims"] = tabular(cells, "ll" + "r" * (len(cells) - 2), heads)
-    rows: dict[str, list[Any]] = {}
-    for text, pairs in claims.groupby("claim", sort=False):
-        said = [str(verdict).split(" ")[0] for verdict in pairs["verdict"]]
-        row = {
-            "claim": text,
-            "pairs": len(pairs),
-            "published": (pairs["published"] > 0).sum(),
-            "here": (pairs["difference"] > 0).sum(),
-        } | {word: said.count(word) for word in ("more", "less", "equal", "undecided")}
-        for column, value in row.items():
-            rows.setdefault(column, []).append(value)
-    report.tables["verdicts"] = tabular(rows)
-    several = max(study.seeds.values()) > 1
-    report.numbers |= {
-        "PairsTested": str(sum(rows["pairs"])),
-        "PairsUndecided": str(sum(rows["undecided"])),
-        "TestedOver": "over seeds and images" if several else "on the images, one network of each",
-        "SeedSpread": claim_notes(study, averages, claims)[0]
-        if several
-        else "As there is one seed of each activation, the variance between trainings is unknown, "
-        "and every verdict over seeds is undecided.",
-    }
-    if several:
-        sure = claims[claims["verdict"] == WORDS[0]]
-        seen = {
-            "relu": list(sure["first"][sure["claim"] == KAFS_ROBUST]),
-            "swish": list(sure["second"][sure["claim"] == MOST_ROBUST]),
-        }
-        answers(report, "Study", seen, list(study.seeds))
 
 
 # --------------------------------------------------------------------------- the original networks
@@ -306,131 +207,6 @@ def original(report: Report, results: pd.DataFrame) -> None:
         "OriginalCleanFall": span(table["published_accuracy"] - table["clean_accuracy"]),
     }
     paired(report, table, "rapid", "Original")
-
-
-# --------------------------------------------------------------------------- trainings, cost
-
-
-def validation(model: TrainedModel, what: str) -> float:
-    return model.record["results"].get(f"validation_{what}", np.nan)
-
-
-def trainings(report: Report, models: Sequence[TrainedModel], results: pd.DataFrame) -> None:
-    """Every network in models/, and what it was attacked by."""
-    under = {
-        folder: ", ".join(
-            f"{Path(row.path).stem.replace('-true', '')} {points(row.robust_accuracy, '')}"
-            for row in rows.itertuples()
-        )
-        for folder, rows in results[results["labels"] == "true"].groupby("folder")
-    }
-    report.tables["all"] = tabular(
-        {
-            "network": [model.folder.name for model in models],
-            "epochs": [model.record["results"]["epochs_trained"] for model in models],
-            "clean*": [points(validation(model, "clean"), "") for model in models],
-            "PGD-10*": [points(validation(model, "pgd"), "") for model in models],
-            "robust, test images": [under.get(str(model.folder), NONE) for model in models],
-        },
-        "lrrrl",
-    )
-    report.numbers["NetworksTrained"] = str(len(models))
-
-
-def over_seeds(report: Report, models: Sequence[TrainedModel]) -> None:
-    """Mean and standard deviation over seeds of one recipe, on the validation images."""
-    rows = [
-        {"activation": m.activation, "clean": validation(m, "clean"), "pgd": validation(m, "pgd")}
-        for m in models
-    ]
-    groups = pd.DataFrame(rows).groupby("activation", sort=False)
-    mean, sd, seeds = groups.mean(), groups.std(), groups.size()
-    cells = {"activation": [ACTIVATION_LABELS[a] for a in mean.index], "seeds": list(seeds)}
-    for what, title in (("clean", "clean"), ("pgd", "PGD-10")):
-        cells[f"{title}, mean"] = [points(v, "") for v in mean[what]]
-        cells[f"{title}, s.d."] = [points(v, "") for v in sd[what]]
-    report.tables["validation"] = tabular(cells)
-    df = int((seeds - 1).sum())
-    pooled = np.sqrt((sd["pgd"] ** 2 * (seeds - 1)).sum() / df) if df else np.nan
-    swish = mean["pgd"].get("swish", np.nan) - mean["pgd"].get("relu", np.nan)
-    report.numbers |= {
-        "NetworksAlike": str(len(models)),
-        "ValidationSwishOverReLU": points(swish),
-        "ValidationSpread": points(pooled, ""),
-        "ValidationFreedom": str(df),
-        "ValidationSeveral": str(int((seeds > 1).sum())),
-        "ValidationActivations": str(len(seeds)),
-    }
-
-
-def curvature(report: Report, models: Sequence[TrainedModel]) -> None:
-    """The median curvature over the layers, epoch by epoch, where it was recorded."""
-    labels, rows = model_labels(models), []
-    moved: dict[str, list[str]] = {"Rose": [], "Fell": []}
-    for model in models:
-        layers = model.history.filter(like="curvature_")
-        if layers.empty:
-            continue
-        median = layers.median(axis=1)
-        epochs = (0, len(median) // 2, len(median) - 1)
-        last = layers.iloc[-1]
-        rows.append(
-            {"network": labels[model.folder]}
-            | {f"epoch {epoch + 1}": f"{median[epoch]:.2f}" for epoch in epochs}
-            | {"layers at the end": f"{last.min():.2f} to {last.max():.2f}"}
-        )
-        moved["Rose" if median.iloc[-1] > median[0] else "Fell"].append(labels[model.folder])
-    if not rows:
-        raise InputError("no history has a curvature_1; train a network with this version")
-    report.tables["curvature"] = tabular(pd.DataFrame(rows).to_dict("list"))
-    report.numbers["CurvatureNetworks"] = str(len(rows))
-    for way, names in moved.items():
-        report.numbers[f"Curvature{way}"] = "; ".join(names) or "no network"
-
-
-def pilots(report: Report, models: Sequence[TrainedModel]) -> None:
-    """The short trainings that the recipe was chosen by, and those that overfitted."""
-    stopped = [m.record["results"]["catastrophic_overfitting_in_epoch"] for m in models]
-    cells = {
-        "pilot": [model.folder.name for model in models],
-        "activation": [ACTIVATION_LABELS[model.activation] for model in models],
-        "first rate": [f"{first_rate(model.settings):.2g}" for model in models],
-        "peak": [f"{model.settings['lr_max']:g}" for model in models],
-        "epochs": [model.record["results"]["epochs_trained"] for model in models],
-    }
-    for what, name in (("clean", "clean"), ("fgsm", "FGSM"), ("pgd", "PGD-10")):
-        cells[name] = [points(validation(model, what), "") for model in models]
-    cells["stopped"] = [NONE if epoch is None else f"epoch {epoch + 1}" for epoch in stopped]
-    report.tables["pilots"] = tabular(cells, "ll" + "r" * (len(cells) - 2))
-    report.numbers["PilotsStopped"] = str(sum(epoch is not None for epoch in stopped))
-
-
-LAYER = ("layer", "shapes", "128x32x32x16", "forward and gradients", "to kaf")
-STEP = ("step", "resnet20", "to swish")
-COSTS = {  # macro: (what it is, where it lies in benchmarks/results.json)
-    "CostKaf": ("a ResNet20's training step, KAF / Swish", *STEP, "kaf"),
-    "CostKafFree": ("a ResNet20's training step, KAF_Free / Swish", *STEP, "kaf_free"),
-    "CostReLU": ("a ResNet20's training step, ReLU / Swish", *STEP, "relu"),
-    "CostPlain": ("one layer and its gradients, plain / factored", *LAYER, "kaf plain"),
-    "CostCompiled": ("the same, plain formula compiled", *LAYER, "kaf plain compiled"),
-}
-
-
-def cost(report: Report, path: Path) -> None:
-    """Ratios measured within one run, of the benchmarks."""
-    content = read_json(path)
-    rows: dict[str, list[str]] = {"ratio": [], "median": [], "quartiles": []}
-    for macro, (title, *keys) in COSTS.items():
-        value = content
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, dict) or not {"median", "quartiles"} <= value.keys():
-            raise InputError(f"{str(path)!r} lacks {'/'.join(keys)}; run benchmarks/run.py all")
-        report.numbers[macro] = f"{value['median']:.3g}"
-        rows["ratio"].append(title)
-        rows["median"].append(report.numbers[macro])
-        rows["quartiles"].append(" to ".join(f"{end:.3g}" for end in value["quartiles"]))
-    report.tables["cost"] = tabular(rows)
 
 
 # --------------------------------------------------------------------------- command

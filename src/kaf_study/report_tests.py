@@ -1,0 +1,110 @@
+"""The tests of the report: of networks on the same images, of activations over seeds, in words.
+
+The statistics are those of `paired` and `seeds`, by way of `tables` and `claims`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from kaf_study import InputError
+from kaf_study.activations import ACTIVATION_LABELS, STUDIED, is_kaf
+from kaf_study.cards import shown_claims, shown_means, shown_pairs, told_apart
+from kaf_study.claims import Study, claims_table, means
+from kaf_study.latex import Report, listed, points, span, tabular
+from kaf_study.paired import LEVEL
+from kaf_study.tables import paired_tests
+
+MOST_ROBUST, KAFS_ROBUST = "Swish is the most robust", "KAFs are more robust than ReLU"
+WORDS, CLEAN_WORDS = ("more robust", "less robust"), ("more accurate", "less accurate")
+
+
+def paired(report: Report, table: pd.DataFrame, kind: str, name: str) -> None:
+    """The paired tests against ReLU and Swish of a table whose models bear the report's names."""
+    known = table.drop_duplicates("activation").set_index("activation")["model"]
+    activations = table.set_index("model")["activation"]
+    above: dict[str, list[str]] = {}
+    reaches: list[float] = []
+    for reference, sign in (("relu", 1), ("swish", -1)):
+        tests = paired_tests(table, [known[reference]], kind) if reference in known else []
+        if not tests:
+            raise InputError(f"no networks of ReLU and Swish with results of {kind} to compare")
+        (pairs,) = tests
+        key = name + ACTIVATION_LABELS[reference]
+        report.tables[f"paired_{key}"] = tabular(shown_pairs(pairs))
+        report.numbers |= {
+            f"{key}Robust": told_apart(pairs, "p_holm", "robust_difference", WORDS),
+            f"{key}Clean": told_apart(pairs, "clean_p_holm", "clean_difference", CLEAN_WORDS),
+        }
+        reaches += list((pairs["high"] - pairs["low"]) / 2)
+        found = pairs[(pairs["p_holm"] < LEVEL) & (sign * pairs["robust_difference"] > 0)]
+        above[reference] = list(activations[found["model"]])
+        for row in pairs[pairs["model"] == known.get("swish")].itertuples():
+            interval = f"{points(row.low)} to {points(row.high)}"
+            report.numbers[f"{name}SwishOverReLU"] = f"{points(row.robust_difference)} ({interval})"
+    report.numbers[f"{name}HalfWidth"] = span(reaches)
+    answers(report, name, above, sorted(set(activations), key=list(STUDIED).index))
+
+
+def answers(
+    report: Report, name: str, above: Mapping[str, Sequence[str]], tested: Sequence[str]
+) -> None:
+    """Two sentences, of above: {"relu": what is above ReLU, "swish": what Swish is above}."""
+    kafs = [a for a in tested if is_kaf(a)]
+    better = [ACTIVATION_LABELS[a] for a in kafs if a in above["relu"]]
+    worse = [ACTIVATION_LABELS[a] for a in tested if a in above["swish"]]
+    report.numbers |= {
+        f"{name}KafAnswer": f"of {len(kafs)} kinds of trainable activation "
+        f"{listed(better) or 'none'} {'are' if better[1:] else 'is'} shown to be more robust than "
+        "ReLU",
+        f"{name}SwishAnswer": f"of {len(tested) - 1} other activations "
+        f"{listed(worse) or 'none'} {'are' if worse[1:] else 'is'} shown to be less robust than "
+        "Swish",
+    }
+
+
+def verdicts(report: Report, study: Study) -> None:
+    """Means and verdicts over seeds; the answers come from these where there are several."""
+    averages, claims = means(study), claims_table(study)
+    report.tables["means"] = tabular(shown_means(averages))
+    cells = shown_claims(claims.assign(why=""))
+    heads = cells.pop("claim")
+    report.tables["claims"] = tabular(cells, "ll" + "r" * (len(cells) - 2), heads)
+    rows: dict[str, list[Any]] = {}
+    for text, pairs in claims.groupby("claim", sort=False):
+        said = [str(verdict).split(" ")[0] for verdict in pairs["verdict"]]
+        row = {
+            "claim": text,
+            "pairs": len(pairs),
+            "published": (pairs["published"] > 0).sum(),
+            "here": (pairs["difference"] > 0).sum(),
+        } | {word: said.count(word) for word in ("more", "less", "equal", "undecided")}
+        for column, value in row.items():
+            rows.setdefault(column, []).append(value)
+    report.tables["verdicts"] = tabular(rows)
+    several, undecided = max(study.seeds.values()) > 1, sum(rows["undecided"])
+    sd = {measure: points(value, "") for measure, value in averages.attrs["sd"].items()}
+    report.numbers |= {
+        "PairsTested": str(len(claims)),
+        "PairsUndecided": str(undecided),
+        "WhatRemains": (
+            f"{'All' if undecided == len(claims) else undecided or 'None'} of the {len(claims)} "
+            f"comparisons over seeds {'is' if undecided < 2 else 'are'} undecided"
+            + ", and with them the question of how much of any difference is the activation and "
+            "how much the training that happened to be run" * (undecided == len(claims))
+        ),
+        "TestedOver": "over seeds and images" if several else "on the images, one network of each",
+        "SeedSpread": f"The standard deviation between seeds, pooled over the activations, is "
+        f"{sd['clean']} points of clean and {sd['robust']} points of robust accuracy."
+        if several
+        else "As there is one seed of each activation, the variance between trainings is unknown, "
+        "and every verdict over seeds is undecided.",
+    }
+    if several:
+        sure = claims[claims["verdict"] == WORDS[0]]
+        seen = {
+            "relu": list(sure["first"][sure["claim"] == KAFS_ROBUST]),
+            "swish": list(sure["second"][sure["claim"] == MOST_ROBUST]),
+        }
+        answers(report, "Study", seen, list(study.seeds))

@@ -1,0 +1,152 @@
+"""What the report tells of trainings, from their records and histories, and of what KAFs cost."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kaf_study import InputError
+from kaf_study.activations import ACTIVATION_LABELS
+from kaf_study.latex import NONE, Report, listed, points, tabular
+from kaf_study.model_folder import TrainedModel
+from kaf_study.records import read_json
+
+
+def first_rate(s: Mapping[str, Any]) -> float:
+    return s["lr_min"] + s["lr_start"] * (s["lr_max"] - s["lr_min"])
+
+
+def validation(model: TrainedModel, what: str) -> float:
+    return model.record["results"].get(f"validation_{what}", np.nan)
+
+
+def trainings(report: Report, models: Sequence[TrainedModel], results: pd.DataFrame) -> None:
+    """Every network in models/, and what it was attacked by."""
+    under = {
+        folder: ", ".join(
+            f"{Path(row.path).stem.replace('-true', '')} {points(row.robust_accuracy, '')}"
+            for row in rows.itertuples()
+        )
+        for folder, rows in results[results["labels"] == "true"].groupby("folder")
+    }
+    report.tables["all"] = tabular(
+        {
+            "network": [model.folder.name for model in models],
+            "epochs": [model.record["results"]["epochs_trained"] for model in models],
+            "clean*": [points(validation(model, "clean"), "") for model in models],
+            "PGD-10*": [points(validation(model, "pgd"), "") for model in models],
+            "robust, test images": [under.get(str(model.folder), NONE) for model in models],
+        },
+        "lrrrl",
+    )
+    report.numbers["NetworksTrained"] = str(len(models))
+
+
+def over_seeds(report: Report, models: Sequence[TrainedModel]) -> None:
+    """Mean and standard deviation over seeds of one recipe, on the validation images."""
+    rows = [
+        {"activation": m.activation, "clean": validation(m, "clean"), "pgd": validation(m, "pgd")}
+        for m in models
+    ]
+    groups = pd.DataFrame(rows).groupby("activation", sort=False)
+    mean, sd, seeds = groups.mean(), groups.std(), groups.size()
+    cells = {"activation": [ACTIVATION_LABELS[a] for a in mean.index], "seeds": list(seeds)}
+    for what, title in (("clean", "clean"), ("pgd", "PGD-10")):
+        cells[f"{title}, mean"] = [points(v, "") for v in mean[what]]
+        cells[f"{title}, s.d."] = [points(v, "") for v in sd[what]]
+    report.tables["validation"] = tabular(cells)
+    df = int((seeds - 1).sum())
+    pooled = np.sqrt((sd["pgd"] ** 2 * (seeds - 1)).sum() / df) if df else np.nan
+    swish = mean["pgd"].get("swish", np.nan) - mean["pgd"].get("relu", np.nan)
+    report.numbers |= {
+        "NetworksAlike": str(len(models)),
+        "ValidationSwishOverReLU": points(swish),
+        "ValidationSpread": points(pooled, ""),
+        "ValidationFreedom": str(df),
+        "ValidationSeveral": str(int((seeds > 1).sum())),
+        "ValidationActivations": str(len(seeds)),
+    }
+
+
+def curvature(report: Report, models: Sequence[TrainedModel]) -> None:
+    """The median curvature over the layers, epoch by epoch, where it was recorded."""
+    rows = []
+    for model in models:
+        layers = model.history.filter(like="curvature_")
+        if layers.empty:
+            continue
+        median, last = layers.median(axis=1), layers.iloc[-1]
+        epochs = (0, len(median) // 2, len(median) - 1)
+        rows.append(
+            {"activation": ACTIVATION_LABELS[model.activation]}
+            | {f"epoch {epoch + 1}": median[epoch] for epoch in epochs}
+            | {
+                "lowest layer": last.min(),
+                "highest": last.max(),
+                "moved": last.median() - median[0],
+            }
+        )
+    if not rows:
+        raise InputError("no history has a curvature_1; train a network with this version")
+    groups = pd.DataFrame(rows).groupby("activation", sort=False)
+    mean = groups.mean()
+    moved = mean.pop("moved")
+    cells: dict[str, Sequence[object]] = {"activation": list(mean.index)}
+    cells["networks"] = list(groups.size())
+    cells |= {name: [f"{value:.2f}" for value in mean[name]] for name in mean}
+    report.tables["curvature"] = tabular(cells)
+    report.numbers |= {
+        "CurvatureNetworks": str(len(rows)),
+        "CurvatureRose": listed(list(moved.index[moved > 0])) or "none",
+        "CurvatureFell": listed(list(moved.index[moved < 0])) or "none",
+    }
+
+
+def pilots(report: Report, models: Sequence[TrainedModel]) -> None:
+    """The short trainings that the recipe was chosen by, and those that overfitted."""
+    stopped = [m.record["results"]["catastrophic_overfitting_in_epoch"] for m in models]
+    cells = {
+        "pilot": [model.folder.name for model in models],
+        "activation": [ACTIVATION_LABELS[model.activation] for model in models],
+        "first rate": [f"{first_rate(model.settings):.2g}" for model in models],
+        "peak": [f"{model.settings['lr_max']:g}" for model in models],
+        "epochs": [model.record["results"]["epochs_trained"] for model in models],
+    }
+    for what, name in (("clean", "clean"), ("pgd", "PGD-10")):
+        cells[name] = [points(validation(model, what), "") for model in models]
+    last = [model.history.iloc[-1] for model in models]
+    cells["own attack"] = [points(row["accuracy"], "") for row in last]
+    cells["PGD-10, last"] = [points(row["probe_pgd"], "") for row in last]
+    cells["stopped"] = [NONE if epoch is None else f"epoch {epoch + 1}" for epoch in stopped]
+    report.tables["pilots"] = tabular(cells, "ll" + "r" * (len(cells) - 2))
+    report.numbers["PilotsStopped"] = str(sum(epoch is not None for epoch in stopped))
+
+
+LAYER = ("layer", "shapes", "128x32x32x16", "forward and gradients", "to kaf")
+STEP = ("step", "resnet20", "to swish")
+COSTS = {  # macro: (what it is, where it lies in benchmarks/results.json)
+    "CostKaf": ("a ResNet20's training step, KAF / Swish", *STEP, "kaf"),
+    "CostKafFree": ("a ResNet20's training step, KAF_Free / Swish", *STEP, "kaf_free"),
+    "CostReLU": ("a ResNet20's training step, ReLU / Swish", *STEP, "relu"),
+    "CostPlain": ("one layer and its gradients, plain / factored", *LAYER, "kaf plain"),
+    "CostCompiled": ("the same, plain formula compiled", *LAYER, "kaf plain compiled"),
+}
+
+
+def cost(report: Report, path: Path) -> None:
+    """Ratios measured within one run, of the benchmarks."""
+    content = read_json(path)
+    rows: dict[str, list[str]] = {"ratio": [], "median": [], "quartiles": []}
+    for macro, (title, *keys) in COSTS.items():
+        value = content
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, dict) or not {"median", "quartiles"} <= value.keys():
+            raise InputError(f"{str(path)!r} lacks {'/'.join(keys)}; run benchmarks/run.py all")
+        report.numbers[macro] = f"{value['median']:.3g}"
+        rows["ratio"].append(title)
+        rows["median"].append(report.numbers[macro])
+        rows["quartiles"].append(" to ".join(f"{end:.3g}" for end in value["quartiles"]))
+    report.tables["cost"] = tabular(rows)
