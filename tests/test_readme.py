@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kaf_study import compare
+from kaf_study import compare, mechanism
 from kaf_study.activations import STUDIED
 from kaf_study.cards import shown
 from kaf_study.records import read_results
@@ -42,6 +42,14 @@ def test_tables_are_those_of_the_result_files(tmp_path):
     ]
     assert compare.main(arguments) == 0
     assert cards.read_text() == (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+    assert copy.read_text(encoding="utf-8") == RESULTS
+
+
+def test_table_of_the_curvature_is_that_of_the_records(tmp_path):
+    copy = tmp_path / "RESULTS.md"
+    copy.write_text(RESULTS, encoding="utf-8")
+    folders = sorted(map(str, (ROOT / "models").glob("cifar10_resnet20_*")))
+    assert mechanism.main([*folders, "--into", str(copy)]) == 0
     assert copy.read_text(encoding="utf-8") == RESULTS
 
 

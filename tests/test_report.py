@@ -1,6 +1,7 @@
 """The report says what the result files say, and nothing that was typed by hand."""
 
 import hashlib
+import json
 import re
 import shutil
 import zlib
@@ -63,7 +64,7 @@ def test_every_label_is_there_once_and_every_figure():
     assert len(labels) == len(set(labels))
     assert set(re.findall(r"\\(?:eq)?ref\{(.*?)\}", BODY)) <= set(labels)
     figures = re.findall(r"\\includegraphics\[.*?\]\{(.*?)\}", BODY)
-    assert len(figures) == 3
+    assert len(figures) == 4
     for figure in figures:
         assert figure.startswith("../imgs/") and (THESIS / figure).is_file(), figure
 
@@ -184,6 +185,9 @@ def clone(tmp_path):
         write_training(folder, training_record(**settings))
         history = pd.read_csv(folder / "history.csv").assign(curvature_1=0.5, curvature_2=0.7)
         history.to_csv(folder / "history.csv", index=False)
+        kappa = {"before_training": [0.5], "after_training": [0.6]}
+        curvature = {"model_sha256": "ab", "dataset": {"name": "cifar10"}, "n": 512} | kappa
+        (folder / "curvature.json").write_text(json.dumps(curvature))
         for one in (AttackSettings(), AttackSettings(labels="predicted"), AttackSettings("rapid")):
             outcome(robust, one, folder.name).write(folder / "robustness")
 

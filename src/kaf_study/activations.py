@@ -78,6 +78,7 @@ STUDIED: Mapping[str, StudiedActivation] = MappingProxyType(
     }
 )  # fmt: skip
 
+WITHOUT_CURVATURE = ("relu", "kwta")  # no second derivative, no function of one variable
 ACTIVATION_LABELS = {name: row.label for name, row in STUDIED.items()}
 ACTIVATION_COLORS = {name: row.color for name, row in STUDIED.items()}
 OTHER_COLOR = "#666666"  # of an activation that is not in the table

@@ -4,6 +4,7 @@
     training.json    settings, results, versions; written last: it says finished
     history.csv      one row per epoch
     robustness/      results and sanity checks (`kaf_study.records`)
+    curvature.json   how curved its activations are (`kaf_study.mechanism`)
     unfinished/      settings and checkpoint of a training that is not finished
 
 saved_models.py opens the network; nothing here needs TensorFlow.
@@ -29,7 +30,14 @@ from kaf_study.files import (
     replacing,
     write_atomically,
 )
-from kaf_study.records import completed, read_history, read_json, read_training, write_json
+from kaf_study.records import (
+    CurvatureRecord,
+    completed,
+    read_history,
+    read_json,
+    read_training,
+    write_json,
+)
 
 DATASET_LABELS = {"cifar10": "CIFAR-10"}
 # Fingerprints of validation splits of images that are not quite those of the data set's authors
@@ -45,6 +53,7 @@ class ModelFolder:
         self.model = self.path / "model.keras"
         self.history = self.path / "history.csv"
         self.robustness = self.path / "robustness"
+        self.curvature = self.path / "curvature.json"
         self.unfinished = self.path / "unfinished"
         self.settings = self.unfinished / "settings.json"
         self.checkpoint = self.unfinished / "checkpoint.npz"
@@ -94,7 +103,7 @@ class ModelFolder:
             for folder in (self.robustness, self.unfinished):
                 if folder.exists():
                     shutil.rmtree(folder)
-            for path in (self.record, self.model, self.history):
+            for path in (self.record, self.model, self.history, self.curvature):
                 path.unlink(missing_ok=True)
         elif self.record.exists():
             raise InputError(f"{self.path} was finished by another process in the meantime.")
@@ -154,6 +163,13 @@ class TrainedModel:
         label = DATASET_LABELS.get(name, name)
         fingerprint = self.record.get("dataset", {}).get("validation_fingerprint")
         return f"{COPIES[fingerprint]} of {label}" if fingerprint in COPIES else label
+
+    @property
+    def curvature(self) -> dict[str, Any] | None:
+        """`records.CurvatureRecord`, or None where it was not measured, or of other weights."""
+        path = ModelFolder(self.folder).curvature
+        record = read_json(path, CurvatureRecord) if path.exists() else {}
+        return record if record.get("model_sha256") == self.record.get("model_sha256") else None
 
     @cached_property
     def history(self) -> pd.DataFrame:

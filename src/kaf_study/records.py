@@ -71,6 +71,7 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0)]
+Kappa = Annotated[float, Meta(ge=0)]  # see kaf_study.curvature
 
 
 class DataRecord(Struct):
@@ -124,6 +125,16 @@ class CheckpointState(Struct):
     stopped: Count | None
     dataset: DataRecord | UnsetType = UNSET
     processes: list[ProcessRecord] | UnsetType = UNSET
+
+
+class CurvatureRecord(Struct):
+    """curvature.json: kappa of each activation layer, the median over channels, on n images."""
+
+    model_sha256: str
+    dataset: DataRecord
+    n: Positive
+    before_training: Annotated[list[Kappa], Meta(min_length=1)]
+    after_training: Annotated[list[Kappa], Meta(min_length=1)]
 
 
 class MemberRecord(Struct):

@@ -23,7 +23,15 @@ from kaf_study.latex import NONE, Report, points, span, tabular
 from kaf_study.model_folder import model_labels, trained_models
 from kaf_study.records import read_json, read_results
 from kaf_study.report_tests import paired, verdicts
-from kaf_study.report_trainings import cost, curvature, first_rate, over_seeds, pilots, trainings
+from kaf_study.report_trainings import (
+    cost,
+    curvature_by_epoch,
+    first_rate,
+    mechanism,
+    over_seeds,
+    pilots,
+    trainings,
+)
 from kaf_study.tables import model_table, pgd_name
 
 ARCHITECTURE = "resnet20"  # of the study; other networks stand in the table of all
@@ -223,7 +231,8 @@ def reported(root: Path) -> Report:
     first = study.models[0].settings
     alike = [m for m in models if all(m.settings.get(k) == first.get(k) for k in ALIKE)]
     over_seeds(report, alike)
-    curvature(report, alike)
+    mechanism(report, alike)
+    curvature_by_epoch(report, alike)
     pilots(report, trained_models(root / "pilots"))
     cost(report, root / "benchmarks" / "results.json")
     return report

@@ -10,6 +10,7 @@ import pandas as pd
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS
 from kaf_study.latex import NONE, Report, listed, points, tabular
+from kaf_study.mechanism import by_activation, conclusions, curvature_table, shown
 from kaf_study.model_folder import TrainedModel
 from kaf_study.records import read_json
 
@@ -70,7 +71,21 @@ def over_seeds(report: Report, models: Sequence[TrainedModel]) -> None:
     }
 
 
-def curvature(report: Report, models: Sequence[TrainedModel]) -> None:
+def mechanism(report: Report, models: Sequence[TrainedModel]) -> None:
+    """Curvature before and after training, and what `mechanism` says of it."""
+    networks = curvature_table(models)
+    cells = shown(by_activation(networks))
+    del cells["kind"]
+    report.tables["curvature"] = tabular(cells)
+    shapes, verdict = conclusions(networks)
+    report.numbers |= {
+        "CurvatureNetworks": str(len(networks)),
+        "CurvatureShapes": shapes,
+        "CurvatureVerdict": verdict,
+    }
+
+
+def curvature_by_epoch(report: Report, models: Sequence[TrainedModel]) -> None:
     """The median curvature over the layers, epoch by epoch, where it was recorded."""
     rows = []
     for model in models:
@@ -96,9 +111,9 @@ def curvature(report: Report, models: Sequence[TrainedModel]) -> None:
     cells: dict[str, Sequence[object]] = {"activation": list(mean.index)}
     cells["networks"] = list(groups.size())
     cells |= {name: [f"{value:.2f}" for value in mean[name]] for name in mean}
-    report.tables["curvature"] = tabular(cells)
+    report.tables["curvature_by_epoch"] = tabular(cells)
     report.numbers |= {
-        "CurvatureNetworks": str(len(rows)),
+        "CurvatureTrainings": str(len(rows)),
         "CurvatureRose": listed(list(moved.index[moved > 0])) or "none",
         "CurvatureFell": listed(list(moved.index[moved < 0])) or "none",
     }

@@ -18,6 +18,7 @@ import tensorflow as tf
 from activationsf import AnnealKwta, activation
 from fbfadvtrain import FastBetterFreeTrainedModel, Refinements, RobustnessProbe
 from kaf_study import InputError, called_as
+from kaf_study.activations import WITHOUT_CURVATURE
 from kaf_study.architectures import build
 from kaf_study.checkpoint import Checkpoint
 from kaf_study.config import DICTIONARY_SIZE, TrainConfig, config_of, parse, recipe
@@ -33,7 +34,6 @@ __all__ = ["TrainConfig", "build_network", "build_trainer", "recipe", "train"]
 PROBE_IMAGES = 512
 PROBE_EPSILON = 8 / 255  # where training itself has no radius
 KWTA_FIRST_RATIO = 0.30  # Xiao et al. 2020
-WITHOUT_CURVATURE = ("relu", "kwta")  # no second derivative, no function of one variable
 EMA_BATCHES = 100  # over which the batch norm of a running mean of weights is estimated
 
 Images = tuple[np.ndarray, np.ndarray]  # x (N, H, W, C) in [0, 1], y (N,)

@@ -3,12 +3,18 @@
     python -m kaf_study.figures scatter models/* --out imgs/scatter.png
     python -m kaf_study.figures curves models/* --out imgs/curves.png
     python -m kaf_study.figures shapes models/NAME --out imgs/kaf_shapes.png   # or several
+    python -m kaf_study.figures curvature models/* --out imgs/curvature.png
 
 Accuracies are fractions in files and code, percent in figures. One colour per activation, the same
 everywhere; where colours alone might not be told apart, marker, line style or a label says it too.
 """
 
-from kaf_study.figures.insights import activation_histograms, by_layer, movement_and_robustness
+from kaf_study.figures.insights import (
+    activation_histograms,
+    by_layer,
+    curvature_and_robustness,
+    movement_and_robustness,
+)
 from kaf_study.figures.kafs import (
     initial_network,
     kaf_layers,
@@ -33,6 +39,7 @@ __all__ = [
     "adversarial_examples",
     "by_layer",
     "common_training",
+    "curvature_and_robustness",
     "image_rows",
     "initial_network",
     "kaf_layers",

@@ -1,4 +1,4 @@
-"""python -m kaf_study.figures scatter|curves|shapes MODEL_FOLDER... --out FILE.png"""
+"""python -m kaf_study.figures scatter|curves|shapes|curvature MODEL_FOLDER... --out FILE.png"""
 
 import sys
 from argparse import Namespace
@@ -10,10 +10,12 @@ from matplotlib.figure import Figure, SubFigure
 
 from kaf_study import CommandParser, InputError
 from kaf_study.activations import is_kaf
+from kaf_study.figures.insights import curvature_and_robustness
 from kaf_study.figures.kafs import initial_network, kaf_shapes, kaf_shapes_side_by_side
 from kaf_study.figures.results import accuracy_robustness_scatter
 from kaf_study.figures.style import Line, common_training, save
 from kaf_study.figures.training import training_curves
+from kaf_study.mechanism import curvature_table
 from kaf_study.model_folder import TrainedModel, model_labels, trained_models
 from kaf_study.records import read_results
 
@@ -28,6 +30,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         ("scatter", "clean against robust accuracy"),
         ("curves", "loss and probe accuracies by epoch"),
         ("shapes", "the functions of a model's KAF layers, or of several models side by side"),
+        ("curvature", "curvature before and after training, and robust accuracy"),
     ):
         command = commands.add_parser(name, help=help)
         command.add_argument("folders", nargs="+", metavar="MODEL_FOLDER", help="or models/")
@@ -62,6 +65,9 @@ def drawn(arguments: Namespace) -> Figure | SubFigure:
         return ax.figure
     if arguments.command == "curves":
         return _curves(models)
+    if arguments.command == "curvature":
+        measured = [model for model in models if model.curvature]
+        return curvature_and_robustness(curvature_table(models), common_training(measured))
     return _shapes(models, arguments.channels)
 
 

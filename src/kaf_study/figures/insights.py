@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from kaf_study.activations import ACTIVATION_LABELS, is_kaf
+from kaf_study.activations import ACTIVATION_LABELS, STUDIED, is_kaf
 from kaf_study.figures.kafs import activation_values, evenly, layer_activation, size_in_words
+from kaf_study.figures.point_labels import label_points
 from kaf_study.figures.style import Line, axes_or_new, color_of, labelled, marker_of
 
 if TYPE_CHECKING:
@@ -220,3 +221,59 @@ def movement_and_robustness(
     ax.grid(alpha=0.25)
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
+
+
+# --------------------------------------------------------------------------- curvature
+
+
+def curvature_and_robustness(networks: pd.DataFrame, title: str | None = None) -> Figure:
+    """Left: curvature before and after training; right: after it, against robust accuracy.
+
+    Args:
+        networks: of `kaf_study.mechanism.curvature_table`; one line on the left for each.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.8), layout="constrained")
+    place = {name: i for i, name in enumerate(a for a in STUDIED if a in set(networks.activation))}
+    for activation, of_one in networks.groupby("activation", sort=False):
+        color, (marker, size) = color_of(activation), marker_of(activation)
+        rows = place[activation] + 0.22 * (np.arange(len(of_one)) - (len(of_one) - 1) / 2)
+        for row, network in zip(rows, of_one.itertuples(), strict=True):
+            ends = [network.before_training, network.after_training]
+            left.plot(ends, [row, row], "-", color=color, lw=1.2, alpha=0.7)
+            left.plot(ends[0], row, marker, color="white", mec=color, ms=size - 2, mew=1.4)
+            left.plot(ends[1], row, marker, color=color, ms=size - 2, mec="white", mew=0.5)
+    left.set_yticks(list(place.values()), [ACTIVATION_LABELS[name] for name in place])
+    left.invert_yaxis()
+    left.set_xscale("log")
+    left.set_xlabel("curvature kappa; open: before training, filled: after")
+    _plain_log_ticks(left)
+    attacked = networks.dropna(subset=["robust"])
+    points = np.column_stack([attacked["after_training"], 100 * attacked["robust"]])
+    errors = np.column_stack([0 * points[:, 0], 100 * attacked["robust_standard_error"]])
+    colors = [color_of(activation) for activation in attacked["activation"]]
+    for (x, y), (_, dy), color, activation in zip(
+        points, errors, colors, attacked["activation"], strict=True
+    ):
+        marker, size = marker_of(activation)
+        right.errorbar(x, y, yerr=dy, color=color, elinewidth=1, capsize=2.5, alpha=0.55)
+        right.plot(x, y, marker, color=color, ms=size - 1, mec="white", mew=0.6, zorder=3)
+    right.set_xlabel("curvature kappa after training")
+    right.set_ylabel(f"robust accuracy (%), {networks.attrs['attack'] or 'not attacked'}")
+    right.margins(0.16)
+    for ax in (left, right):
+        ax.grid(alpha=0.25)
+        ax.set_axisbelow(True)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    named = [ACTIVATION_LABELS[activation] for activation in attacked["activation"]]
+    if len(points):
+        label_points(right, points, errors, named, colors)
+    return figure
+
+
+def _plain_log_ticks(ax):
+    """0.5, 0.7, 1, 1.5, 2 instead of powers of ten: the range is a factor of four or so."""
+    low, high = ax.get_xlim()
+    ticks = [t for t in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10) if low <= t <= high]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
