@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from kaf_study.fused_layers import FusedBatchNormalization, FusedSwish, fused
+from kaf_study.fused_layers import (
+    FusedBatchNormalization,
+    FusedSwish,
+    folded,
+    fused,
+    inference_twin,
+)
 
 
 @pytest.fixture
@@ -61,3 +67,102 @@ def test_swish_and_its_gradient_equal_keras_far_out_too():
     expected = sigmoid * (1 + finite * (1 - sigmoid))
     np.testing.assert_allclose(gradient[1:-1], expected, rtol=1e-5, atol=1e-30)
     assert np.isnan(gradient[-1])
+
+
+def trained(model):
+    """Every weight away from its start; variances stay positive."""
+    generator = np.random.default_rng(0)
+    model.set_weights([generator.uniform(0.2, 1.5, w.shape) for w in model.get_weights()])
+    return model
+
+
+def normalizations(model):
+    return sum(type(layer) is keras.layers.BatchNormalization for layer in model.layers)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scale", [True, False])
+def test_folded_twin_gives_the_same_with_fewer_layers(bias, scale):
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(4, 3, use_bias=bias)(inputs)
+    x = keras.layers.BatchNormalization(scale=scale, center=scale, epsilon=0.1)(x)
+    x = keras.layers.Conv2D(4, 3)(keras.layers.Activation("elu")(x))
+    outputs = keras.layers.GlobalAveragePooling2D()(keras.layers.BatchNormalization()(x))
+    model = trained(keras.Model(inputs, outputs))
+    before = [w.copy() for w in model.get_weights()]
+    twin = folded(model)
+    assert normalizations(twin) == 0 and normalizations(model) == 2
+    images = np.random.default_rng(1).uniform(size=(5, 8, 8, 3)).astype("float32")
+    np.testing.assert_allclose(twin(images), model(images, training=False), rtol=1e-5)
+    for ours, theirs in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def of_one_convolution(use, **kwargs):
+    inputs = keras.Input((8, 8, 3))
+    return keras.Model(inputs, use(keras.layers.Conv2D(4, 3, **kwargs)(inputs)))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        of_one_convolution(lambda x: keras.layers.Add()([keras.layers.BatchNormalization()(x), x])),
+        of_one_convolution(lambda x: [keras.layers.BatchNormalization()(x), x]),
+        of_one_convolution(keras.layers.BatchNormalization(), activation="relu"),
+        of_one_convolution(keras.layers.BatchNormalization(axis=1)),
+        of_one_convolution(lambda x: keras.layers.BatchNormalization()(keras.layers.Add()([x, x]))),
+    ],
+    ids=["seen by another layer", "is an output", "activated", "other axis", "behind a sum"],
+)
+def test_what_is_no_convolution_alone_is_not_folded(model):
+    twin = folded(trained(model))
+    assert normalizations(twin) == 1
+    images = np.random.default_rng(1).uniform(size=(5, 8, 8, 3)).astype("float32")
+    for ours, theirs in zip(
+        keras.tree.flatten(twin(images)),
+        keras.tree.flatten(model(images, training=False)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_a_layer_that_is_called_twice_is_not_folded():
+    inputs = keras.Input((8, 8, 3))
+    convolution = keras.layers.Conv2D(3, 3, padding="same")
+    normalization = keras.layers.BatchNormalization()
+    model = trained(keras.Model(inputs, normalization(convolution(normalization(inputs)))))
+    images = np.random.default_rng(1).uniform(size=(5, 8, 8, 3)).astype("float32")
+    np.testing.assert_allclose(folded(model)(images), model(images, training=False), rtol=1e-5)
+
+
+class Remembering(keras.layers.Layer):
+    """A layer that is not made by its config alone, as a foreign one may be."""
+
+    factor = 1.0
+
+    def call(self, inputs):
+        return self.factor * inputs
+
+
+class NotCloned(Remembering):
+    def get_config(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("own, has_twin", [(None, True), ("other", False), ("refusing", False)])
+def test_a_model_is_attacked_through_its_twin_only_where_they_agree(own, has_twin):
+    layer = {None: keras.layers.ReLU(), "other": Remembering(), "refusing": NotCloned()}[own]
+    model = of_one_convolution(lambda x: layer(keras.layers.BatchNormalization()(x)))
+    trained(model)
+    layer.factor = 1 + 1e-4
+    images = np.random.default_rng(1).uniform(size=(5, 8, 8, 3)).astype("float32")
+    twin = inference_twin(model, images)
+    assert (twin is not model) == has_twin
+    np.testing.assert_allclose(twin(images), model(images, training=False), rtol=1e-5)
+
+
+def test_what_is_no_keras_model_stays_what_it_is():
+    def function(x, training=False):
+        return x
+
+    assert inference_twin(function, np.zeros((1, 8, 8, 3), "float32")) is function

@@ -53,6 +53,7 @@ from kaf_study.attacks.loop import BatchAttack, Run, check_perturbation
 from kaf_study.attacks.registry import MOST_IMAGES_TOGETHER, AttackSettings, check_count
 from kaf_study.datasets import fingerprint
 from kaf_study.files import locked, make_writable, write_atomically
+from kaf_study.fused_layers import inference_twin
 from kaf_study.records import (
     FORMAT,
     Evaluation,
@@ -214,7 +215,7 @@ def _compiled(model, x, y, classes, batch_size):
         )
     with _one_line("the model cannot be compiled by TensorFlow"):
         logits, outputs = logits_of(model, some)
-        classifier = CompiledClassifier(logits, int(shape[1]), x.shape[1:])
+        classifier = CompiledClassifier(inference_twin(logits, some), int(shape[1]), x.shape[1:])
         classifier.predict(some, batch_size)
     return classifier, outputs
 

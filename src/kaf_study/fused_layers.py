@@ -1,4 +1,4 @@
-"""Batch normalisation and Swish in one kernel each: what a training step is run on.
+"""Batch normalisation and Swish in one kernel each: what training steps and attacks are run on.
 
 Keras writes batch normalisation in training mode as a chain of elementwise operations and
 reductions, each of which passes over the whole feature map (on a CPU a quarter of ResNet20's
@@ -6,15 +6,21 @@ training step), and TensorFlow does the same with the gradient of Swish. `fused`
 twin that uses one kernel for either, with the same weights in the same order (so
 `set_weights(get_weights())` carries them over) and the same results up to float rounding. What is
 saved is the original, of Keras' own layers.
+
+In inference, batch normalisation behind a convolution is a change of that convolution's weights:
+`folded` gives the twin that attacks are run on.
 """
 
 import math
+from collections.abc import Callable
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from kernel_expansion import exp2
+
+SAME_OUTPUTS = 1e-5  # as a fraction of the largest: rounding, not another function
 
 
 class FusedBatchNormalization(keras.layers.BatchNormalization):
@@ -91,3 +97,86 @@ def _has_fused_form(layer):
     is_image = len(layer.input.shape) == 4 and layer.axis in (-1, 3)
     is_plain = layer.center and layer.scale and not layer.renorm and not layer.synchronized
     return is_image and is_plain and layer.compute_dtype == "float32"
+
+
+def folded(model: keras.Model) -> keras.Model:
+    """A twin of `model` for inference, batch normalisation folded into convolutions before it.
+
+    With the factor a = gamma / sqrt(variance + epsilon), a (W * x + b - mean) + beta is a
+    convolution by a W with bias a (b - mean) + beta. Folded where nothing else sees what the
+    convolution gives; elsewhere (behind a sum, or behind another layer) Keras' layer stays.
+
+    Raises:
+        Whatever Keras raises for a model that it cannot clone, which need not be functional.
+    """
+    inputs, outputs = (
+        tensors[0] if len(tensors) == 1 else tensors for tensors in (model.inputs, model.outputs)
+    )
+    model = keras.Model(inputs, outputs)  # Sequential ones as well
+    pairs: dict[str, keras.layers.BatchNormalization] = {}  # convolution's name -> behind it
+    for layer in model.layers:
+        if type(layer) is keras.layers.Conv2D and len(layer._outbound_nodes) == 1:
+            after = layer._outbound_nodes[0].operation
+            if _folds(layer, after) and not any(layer.output is out for out in model.outputs):
+                pairs[layer.name] = after
+    behind = {normalization.name for normalization in pairs.values()}
+
+    def twin(layer):
+        config = layer.get_config() | ({"use_bias": True} if layer.name in pairs else {})
+        return type(layer).from_config(config)
+
+    def call(layer, *args, **kwargs):
+        return args[0] if layer.name in behind else layer(*args, **kwargs)
+
+    copy = keras.models.clone_model(model, clone_function=twin, call_function=call)
+    for layer in copy.layers:
+        if not layer.weights:
+            continue
+        weights = model.get_layer(layer.name).get_weights()
+        if layer.name in pairs:
+            weights = _folded_weights(pairs[layer.name], *weights)
+        layer.set_weights(weights)
+    return copy
+
+
+def inference_twin(model: Callable, x: np.ndarray) -> Callable:
+    """`folded`, where a model has such a twin with the same outputs on images x; else the model.
+
+    Args:
+        model: Keras model, or any callable with Keras' `training` argument. x: (B, H, W, C).
+    """
+    if not isinstance(model, keras.Model):
+        return model
+    try:
+        twin = folded(model)
+        ours, theirs = (np.asarray(network(x, training=False)) for network in (twin, model))
+    except Exception:  # whatever layers of somebody's own raise when they are cloned
+        return model
+    scale = max(1.0, np.abs(theirs).max())
+    return twin if np.abs(ours - theirs).max() < SAME_OUTPUTS * scale else model
+
+
+def _folds(convolution, after):
+    return (
+        type(after) is keras.layers.BatchNormalization
+        and len(after._inbound_nodes) == len(convolution._inbound_nodes) == 1
+        and convolution.activation is keras.activations.linear
+        and convolution.data_format == "channels_last"
+        and convolution.compute_dtype == after.compute_dtype == "float32"
+        and after.axis in (-1, 3)
+    )
+
+
+def _folded_weights(normalization, kernel, bias=0.0):
+    """[kernel, bias] of the convolution that also normalises; computed in float64."""
+    mean, variance, gamma, beta = (
+        np.float64(otherwise if variable is None else keras.ops.convert_to_numpy(variable))
+        for variable, otherwise in (
+            (normalization.moving_mean, 0.0),
+            (normalization.moving_variance, 1.0),
+            (normalization.gamma, 1.0),
+            (normalization.beta, 0.0),
+        )
+    )
+    factor = gamma / np.sqrt(variance + normalization.epsilon)
+    return [kernel * factor, (bias - mean) * factor + beta]
