@@ -18,7 +18,7 @@ from kaf_study.mechanism import association, by_activation, conclusions, curvatu
 from kaf_study.model_folder import TrainedModel, trained_models
 from kaf_study.train import build_network
 
-SETTINGS = {"dataset": "digits", "architecture": "light_cnn", "activation": "kaf_elu", "seed": 3}
+SETTINGS = {"dataset": "digits", "architecture": "light_cnn", "activation": "swish", "seed": 3}
 
 
 @pytest.fixture(scope="module")
