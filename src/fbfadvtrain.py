@@ -8,6 +8,7 @@ Attacks have images in [0, 1], epsilon and alpha in the same units; the model an
 those of another `pixel_range`.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -495,6 +496,19 @@ def pgd(
     return ops.fori_loop(0, steps, lambda _, x_adv: step(x_adv), start)
 
 
+def _checked_labels(x, y):
+    """Class numbers (N,) or one-hot rows (N, classes) for the images of a probe."""
+    x, y = np.asarray(x), np.asarray(y)
+    if y.shape == (len(x), 1):  # as keras.datasets gives them
+        y = y[:, 0]
+    if y.ndim not in (1, 2) or len(y) != len(x):
+        raise ValueError(
+            "RobustnessProbe expects one class number or one-hot row per image, y of shape "
+            f"({len(x)},) or ({len(x)}, classes); received {y.shape}."
+        )
+    return y
+
+
 class RobustnessProbe(keras.callbacks.Callback):
     """Clean, FGSM and PGD-10 accuracy on a few validation images, at the end of each epoch.
 
@@ -532,14 +546,7 @@ class RobustnessProbe(keras.callbacks.Callback):
         history: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__()
-        self.x, self.y = np.asarray(x), np.asarray(y)
-        if self.y.shape == (len(self.x), 1):  # as keras.datasets gives them
-            self.y = self.y[:, 0]
-        if self.y.ndim not in (1, 2) or len(self.y) != len(self.x):
-            raise ValueError(
-                "RobustnessProbe expects one class number or one-hot row per image, y of shape "
-                f"({len(self.x)},) or ({len(self.x)}, classes); received {self.y.shape}."
-            )
+        self.x, self.y = np.asarray(x), _checked_labels(x, y)
         self.epsilon, self.alpha, self.steps = epsilon, alpha, steps
         self.batch_size, self.seed = batch_size, seed
         self.best = max(history, key=lambda row: row["probe_pgd"], default=None)
@@ -547,39 +554,50 @@ class RobustnessProbe(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self.good_weights = self.model.get_weights()
-        loss_fn = keras.losses.get(self.model.loss)
-        labels = self._labels(loss_fn)
-        classes = self.y.argmax(axis=-1) if self.y.ndim == 2 else self.y
-        pixel_range = getattr(self.model, "pixel_range", (0, 1))
-        x = self._unit_images(pixel_range)
+        self._look_at(self.x, self.y)
+        self._correct = self._compiled()
+
+    def on_images(self, x: Any, y: Any) -> "RobustnessProbe":
+        """This probe, which has begun, on other images of its model, without compiling it anew."""
+        other = copy.copy(self)
+        other._look_at(x, y)
+        return other
+
+    def _look_at(self, x, y):
+        """Sets x, y, and `images`, what `_correct` is given: as the model and its loss take it."""
+        self.x, self.y = np.asarray(x), _checked_labels(x, y)
+        x = self._unit_images(getattr(self.model, "pixel_range", (0, 1)))
         noise = np.random.default_rng(self.seed).uniform(-self.epsilon, self.epsilon, x.shape)
         start = np.clip(x + noise.astype("float32"), 0.0, 1.0)
-        self.images = (x, classes, labels, start)
-        network = of_unit_images(self.model, pixel_range)
+        classes = self.y.argmax(axis=-1) if self.y.ndim == 2 else self.y
+        self.images = (x, classes, self._labels(keras.losses.get(self.model.loss)), start)
 
-        @tf.function(reduce_retracing=True)
+    def _compiled(self):
+        """Function: a batch of `images` -> how many are right clean, under FGSM, PGD, and own."""
+        network = of_unit_images(self.model, getattr(self.model, "pixel_range", (0, 1)))
+        loss_fn = keras.losses.get(self.model.loss)
+
+        @tf.function  # traced once for all three
+        def attack(x, labels, start, alpha, steps):
+            return pgd(
+                network, loss_fn, x, labels, start=start, epsilon=self.epsilon, alpha=alpha,
+                steps=steps,
+            )  # fmt: skip
+
+        @tf.function(
+            input_signature=[tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in self.images]
+        )
         def correct(x, classes, labels, start):
-            def is_correct(x):
-                return ops.equal(ops.argmax(network(x, training=False), axis=-1), classes)
+            def attacked(start, alpha, steps):
+                return attack(x, labels, start, tf.constant(alpha, tf.float32), tf.constant(steps))
 
-            def attack(start, alpha, steps):
-                return pgd(
-                    network,
-                    loss_fn,
-                    x,
-                    labels,
-                    start=start,
-                    epsilon=self.epsilon,
-                    alpha=alpha,
-                    steps=steps,
-                )
-
-            attacked = [attack(x, self.epsilon, 1), attack(start, self.alpha, self.steps)]
+            looked_at = [x, attacked(x, self.epsilon, 1), attacked(start, self.alpha, self.steps)]
             if isinstance(self.model, FastBetterFreeTrainedModel):
-                attacked.append(attack(start, self.model.alpha, 1))
-            return [ops.sum(ops.cast(is_correct(z), "int32")) for z in (x, *attacked)]
+                looked_at.append(attacked(start, self.model.alpha, 1))
+            found = [ops.argmax(network(z, training=False), axis=-1) for z in looked_at]
+            return [ops.sum(ops.cast(ops.equal(f, classes), "int32")) for f in found]
 
-        self._correct = correct
+        return correct
 
     def _labels(self, loss_fn):
         """y as the loss takes it: Keras' sparse losses class numbers, its others one-hot rows."""

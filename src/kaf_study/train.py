@@ -82,12 +82,12 @@ def train(
         checkpoint = Checkpoint(folder.checkpoint, model, dataset)
         if checkpoint.history:
             print(f"Resuming {out} after epoch {len(checkpoint.history)} of {config.epochs}.")
-        fit(model, network, config, training, validation, checkpoint, verbose)
+        probe = fit(model, network, config, training, validation, checkpoint, verbose)
         network.set_weights(model.get_weights())
         record = {
             "settings": asdict(config),
             "results": {
-                **measured(model, config, validation, checkpoint),
+                **measured(probe, validation, checkpoint),
                 "parameters": network.count_params(),
             },
             "dataset": dataset,
@@ -213,7 +213,7 @@ def fit(
     validation: Images,
     checkpoint: Checkpoint,
     verbose: int,
-) -> None:
+) -> RobustnessProbe:
     """Trains the epochs that `checkpoint` does not have yet; the model gets its last weights.
 
     network: the plain twin of the model; gets its weights of each epoch to be looked at.
@@ -253,6 +253,10 @@ def fit(
             reestimate_batch_norm(model, one_more.take(EMA_BATCHES))
         elif hasattr(probe, "good_weights"):
             model.set_weights(probe.good_weights)
+    if not hasattr(probe, "images"):  # there was no epoch left to train
+        probe.set_model(model)
+        probe.on_train_begin()
+    return probe
 
 
 def reestimate_batch_norm(model: keras.Model, batches: tf.data.Dataset) -> None:
@@ -290,16 +294,12 @@ class Measurement(RobustnessProbe):
             logs.update(self.accuracies())
 
 
-def measured(
-    model: keras.Model, config: TrainConfig, validation: Images, checkpoint: Checkpoint
-) -> dict[str, Any]:
+def measured(probe: RobustnessProbe, validation: Images, checkpoint: Checkpoint) -> dict[str, Any]:
     """The results of a training: of its final weights on all validation images, and its probe's."""
     # What recipes are chosen by: clean, FGSM and PGD-10
-    final = RobustnessProbe(*validation, epsilon=config.epsilon or PROBE_EPSILON, seed=config.seed)
-    final.set_model(model)
-    final.on_train_begin()
+    final = probe.on_images(*validation).accuracies()
     return {
-        **{k.replace("probe", "validation"): v for k, v in final.accuracies().items()},
+        **{k.replace("probe", "validation"): v for k, v in final.items()},
         "validation_n": len(validation[0]),
         **{k: v for k, v in checkpoint.last_good_row().items() if k.startswith("probe_")},
         "probe_n": len(validation[0][:PROBE_IMAGES]),
