@@ -112,7 +112,7 @@ class CompiledClassifier:
             raise InputError(
                 "the model was saved without gradient information (probably a custom gradient "
                 f"that older TensorFlow did not save: {' '.join(str(error).split())[:120]}); "
-                "export it again from the original code, or give the .keras or .h5 file"
+                "give the model's .keras or .h5 file"
             ) from None
         if not np.all(np.isfinite(gradient)):
             raise InputError("the model's gradient in its images has NaN or infinite values")

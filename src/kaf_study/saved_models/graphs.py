@@ -283,7 +283,7 @@ def load_saved_model(folder: Path) -> tuple[Callable, list[str]]:
         except Exception as error:
             raise InputError(
                 f"{str(folder)!r} is not a SavedModel that can be loaded ({one_line(error)}); "
-                "export it again with model.export(...)"
+                "give the whole folder as it was exported, or the model's .keras or .h5 file"
             ) from None
     _refuse_signature(folder, concrete)
     model, remarks = attackable(concrete, argument)
@@ -302,7 +302,7 @@ def _entry(loaded):
     if not callable(loaded):
         raise InputError(
             "has no serving_default signature and cannot be called; "
-            "export it again with model.export(...)"
+            "give one that has, or the model's .keras or .h5 file"
         )
     called = getattr(loaded.__call__, "concrete_functions", [])
     specs = [s for c in called for s in _tensors(c.structured_input_signature)]
