@@ -167,6 +167,7 @@ def test_command_writes_its_table_and_measures_nothing_twice(study, tmp_path, ca
     assert "measuring" not in said and "1.00 to 1.30" in said
     written = text.read_text()
     assert "| Swish | fixed activation | 2 | 0.70 | 0.80 | 35.0 (2) |" in written
+    assert "on 180 validation images" in written
     assert "stale" not in written and written.endswith("<!-- /curvature -->\nb\n")
     assert mechanism.main([str(tmp_path / "none")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -76,9 +76,10 @@ def curvature_table(models: Sequence[TrainedModel]) -> pd.DataFrame:
     """One row for each network that has its curvature measured.
 
     Returns:
-        DataFrame: folder, activation, seed; before_training and after_training, the medians over
-        layers; robust and robust_standard_error, fractions, NaN where it was not attacked so. Its
-        `.attrs["attack"]` says how: "rapid on 10,000 images", None if by nothing.
+        DataFrame: folder, activation, seed, n (images of the curvature); before_training and
+        after_training, the medians over layers; robust and robust_standard_error, fractions, NaN
+        where it was not attacked so. Its `.attrs["attack"]` says how: "rapid on 10,000 images",
+        None if by nothing.
 
     Raises:
         InputError: the networks are not of one study (`claims.ALIKE`), or none is measured.
@@ -97,6 +98,7 @@ def curvature_table(models: Sequence[TrainedModel]) -> pd.DataFrame:
             "folder": str(model.folder),
             "activation": model.activation,
             "seed": model.settings["seed"],
+            "n": kappa["n"],
         }
         | {when: float(np.median(kappa[when])) for when in WHEN}
         for model, kappa in measured
@@ -216,9 +218,8 @@ def conclusions(networks: pd.DataFrame) -> tuple[str, str]:
 
 
 def markdown_curvature(networks: pd.DataFrame) -> str:
-    note = (
-        f"kappa: median over channels and layers, on {IMAGES} validation images, mean over seeds."
-    )
+    sizes = " or ".join(f"{n:,}" for n in networks["n"].unique())
+    note = f"kappa: median over channels and layers, on {sizes} validation images, mean over seeds."
     if networks.attrs["attack"]:
         note += " Robust: mean over the networks attacked so, how many in brackets."
     return "\n".join(
