@@ -288,9 +288,10 @@ def peak_worker(side, shape, D):
 
 
 STEP_ACTIVATIONS = ["relu", "swish", "kaf", "kaf_free"]
+HALF_STEPS = ["swish, mixed_bfloat16", "kaf, mixed_bfloat16", "swish, mixed_float16"]
 
 
-def keras_step(architecture, activation, batch_size):
+def keras_step(architecture, activation, batch_size, precision="float32"):
     """One step of fast adversarial training as kaf_study.train makes it, on one random batch."""
     import keras
     import tensorflow as tf
@@ -299,7 +300,11 @@ def keras_step(architecture, activation, batch_size):
 
     keras.utils.set_random_seed(0)
     config = TrainConfig(
-        architecture=architecture, activation=activation, batch_size=batch_size, seed=0
+        architecture=architecture,
+        activation=activation,
+        batch_size=batch_size,
+        precision=precision,
+        seed=0,
     )
     model = build_trainer(build_network(config), config, steps=10_000)
     x, y = map(tf.constant, random_batch(batch_size))
@@ -352,6 +357,9 @@ def step(quick, arguments):
         sides = {name: keras_step(architecture, name, batch_size) for name in activations}
         torch_sides = {}
         if architecture == "resnet20":
+            for name in HALF_STEPS[:1] if quick else HALF_STEPS:
+                activation, precision = name.split(", ")
+                sides[name] = keras_step(architecture, activation, batch_size, precision)
             if find_spec("torch"):
                 for name in ("swish",) if quick else ("relu", "swish"):
                     torch_sides[f"{name}, PyTorch"] = TorchStep(name, batch_size)

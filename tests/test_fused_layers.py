@@ -55,6 +55,42 @@ def test_outputs_gradients_and_moving_statistics_equal_keras(network, batch):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-4 * scale)
 
 
+def of_policy(network, policy):
+    """The same of Keras' own layers, all but its ends in another precision."""
+
+    def layer_of(layer):
+        is_end = layer in (network.layers[0], network.layers[-1])
+        return type(layer).from_config(layer.get_config() | ({} if is_end else {"dtype": policy}))
+
+    other = keras.models.clone_model(network, clone_function=layer_of)
+    other.set_weights(network.get_weights())
+    return other
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_twin_is_as_near_to_float32_as_keras_own_layers(network, policy):
+    half = fused(network, policy)
+    kinds = [type(layer) for layer in half.layers]
+    assert FusedBatchNormalization in kinds and FusedSwish in kinds
+    computing = {layer.compute_dtype for layer in half.layers[1:-1]}
+    assert computing == {policy.removeprefix("mixed_")}
+    assert half.output.dtype == half.input.dtype == "float32"
+    x = tf.constant(np.random.default_rng(1).uniform(size=(64, 8, 8, 3)), tf.float32)
+    results = []
+    for model in (network, half, of_policy(network, policy)):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_mean(tf.square(model(x, training=True) - 1))
+        # In front of batch norm a bias has no gradient but rounding.
+        weights = [w for w in model.trainable_variables if w is not model.layers[1].bias]
+        gradients = tape.gradient(loss, [x, *weights])
+        assert {w.dtype for w in model.weights} == {"float32"}
+        results.append([loss, *gradients, *model.get_weights()])
+    for exact, ours, theirs in zip(*results, strict=True):
+        error, scale = np.linalg.norm(ours - exact), np.linalg.norm(exact)
+        assert error <= 1.5 * np.linalg.norm(theirs - exact) + 1e-4 * scale
+
+
 def test_swish_and_its_gradient_equal_keras_far_out_too():
     x = tf.constant([-np.inf, -1e4, -100.0, -5.0, -1e-3, 0.0, 0.3, 5.0, 100.0, 1e4, np.nan])
     with tf.GradientTape() as tape:

@@ -182,6 +182,35 @@ def test_a_run_of_the_strong_recipe_is_kept_as_one(tiny, tmp_path):
     assert record["results"]["epochs_trained"] == 2
 
 
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_is_of_the_training_alone(precision, tiny, tmp_path, monkeypatch):
+    """What is saved, and what its results are of, computes in float32."""
+    trained = []
+
+    def build_trainer(network, settings, steps):
+        trained.append(original(network, settings, steps))
+        return trained[-1]
+
+    original = train.build_trainer
+    monkeypatch.setattr(train, "build_trainer", build_trainer)
+    options = TINY | {"activation": "kaf", "epochs": 2, "precision": precision}
+    assert train.main(command_line(options, tmp_path / "out")) == 0
+    model, measured = trained
+    dtypes = {layer.compute_dtype for layer in model.layers[1:-1]}
+    assert dtypes == {precision.removeprefix("mixed_")}
+    is_scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert is_scaled == (precision == "mixed_float16")
+    saved = keras.models.load_model(tmp_path / "out" / "model.keras")
+    assert {layer.compute_dtype for layer in (*saved.layers, *measured.layers)} == {"float32"}
+    for ours, theirs in zip(saved.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["settings"]["precision"] == precision
+    x, y = few_validation_images("digits")[1]
+    clean = np.mean(saved.predict(x, verbose=0).argmax(axis=-1) == y)
+    assert record["results"]["validation_clean"] == pytest.approx(clean)
+
+
 def test_the_optimizer_is_the_one_that_is_set():
     inputs = keras.Input((4, 4, 3))
     network = keras.Model(inputs, keras.layers.Flatten()(inputs))

@@ -11,6 +11,7 @@ from kaf_study import CommandParser, InputError
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 
 OPTIMIZERS = ("sgd", "adam")
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")  # Keras' dtype policies
 INITIALIZERS = ("glorot_uniform", "he_normal", "he_uniform")
 DICTIONARY_SIZE = 20  # of a Kaf unless told otherwise
 N_FGSM = {"noise": 2.0, "epsilon_ramp": 0.1}  # de Jorge et al. 2022; its step is epsilon
@@ -97,6 +98,7 @@ class TrainConfig:
     dictionary_size: int = DICTIONARY_SIZE  # D of the KAFs
     kwta_anneal_from: int | None = None  # epoch from which k-WTA's ratio falls from 0.30 ...
     kwta_anneal_every: int = 2  # ... by 0.01 every so many epochs, to 0.15 if they are enough
+    precision: str = "float32"  # what the layers compute in; weights and logits are float32
     seed: int = 0
     deterministic: bool = False  # TensorFlow's op determinism, slower
 
@@ -110,6 +112,7 @@ class TrainConfig:
             ("activation", tuple(ACTIVATION_LABELS)),
             ("optimizer", OPTIMIZERS),
             ("kernel_initializer", INITIALIZERS),
+            ("precision", PRECISIONS),
         ):
             if (value := getattr(self, name)) not in known:
                 raise InputError(
@@ -202,6 +205,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         default=defaults.kwta_anneal_every,
         help="epochs for a fall by 0.01, down to 0.15; 15 falls are needed (2)",
     )
+    add("--precision", default=defaults.precision, help=f"{', '.join(PRECISIONS)} (to compute in)")
     add("--seed", type=int, default=defaults.seed)
     add("--deterministic", action="store_true", help="bitwise repeatable, slower")
     add("--out", required=True, help="model folder, e.g. models/cifar10_resnet20_kaf_seed0")

@@ -5,7 +5,8 @@ reductions, each of which passes over the whole feature map (on a CPU a quarter 
 training step), and TensorFlow does the same with the gradient of Swish. `fused` gives a model's
 twin that uses one kernel for either, with the same weights in the same order (so
 `set_weights(get_weights())` carries them over) and the same results up to float rounding. What is
-saved is the original, of Keras' own layers.
+saved is the original, of Keras' own layers. The twin may compute in half precision, with weights,
+statistics and logits in float32.
 
 In inference, batch normalisation behind a convolution is a change of that convolution's weights:
 `folded` gives the twin that attacks are run on.
@@ -20,6 +21,7 @@ import tensorflow as tf
 
 from kernel_expansion import exp2
 
+FUSED_DTYPES = ("float32", "bfloat16", "float16")
 SAME_OUTPUTS = 1e-5  # as a fraction of the largest: rounding, not another function
 
 
@@ -56,9 +58,11 @@ class FusedSwish(keras.layers.Layer):
 @tf.function(jit_compile=True, autograph=False)
 def _swish_gradient(x, upstream):
     # exp2 of kernel_expansion is one vectorised loop with the rest, tf.sigmoid is not
+    dtype = x.dtype
+    x, upstream = tf.cast(x, tf.float32), tf.cast(upstream, tf.float32)
     exponent = tf.clip_by_value(x * np.float32(-math.log2(math.e)), -126.0, 126.0)
     sigmoid = 1 / (1 + exp2(exponent))
-    return upstream * sigmoid * (1 + x * (1 - sigmoid))
+    return tf.cast(upstream * sigmoid * (1 + x * (1 - sigmoid)), dtype)
 
 
 @tf.custom_gradient
@@ -66,18 +70,25 @@ def _swish(x):
     return tf.nn.silu(x), lambda upstream: _swish_gradient(x, upstream)
 
 
-def fused(model: keras.Model) -> keras.Model:
+def fused(model: keras.Model, policy: str | None = None) -> keras.Model:
     """A twin of `model` with fused batch normalisation and Swish, and copies of its weights.
 
-    Where there is no fused form (another axis, mixed precision, renorm), Keras' layer stays.
+    Where there is no fused form (another axis, float64, renorm), Keras' layer stays.
+
+    Args:
+        policy: dtype policy of its layers, but for those that give the outputs; None: the model's.
     """
 
     def twin(layer):
-        if type(layer) is keras.layers.BatchNormalization and _has_fused_form(layer):
-            return FusedBatchNormalization.from_config(layer.get_config())
-        if _is_swish(layer):
-            return FusedSwish(name=layer.name)
-        return type(layer).from_config(layer.get_config())
+        kind, config = type(layer), layer.get_config()
+        is_between = not any(layer.output is end for end in (*model.inputs, *model.outputs))
+        if policy is not None and is_between:
+            config["dtype"] = policy
+        if kind is keras.layers.BatchNormalization and _has_fused_form(layer):
+            kind = FusedBatchNormalization
+        elif _is_swish(layer):
+            kind, config = FusedSwish, {name: config[name] for name in ("name", "dtype")}
+        return kind.from_config(config)
 
     copy = keras.models.clone_model(model, clone_function=twin)
     copy.set_weights(model.get_weights())
@@ -85,18 +96,17 @@ def fused(model: keras.Model) -> keras.Model:
 
 
 def _is_swish(layer):
-    is_activation = type(layer) is keras.layers.Activation
     return (
-        is_activation
+        type(layer) is keras.layers.Activation
         and layer.activation is keras.activations.silu
-        and layer.compute_dtype == "float32"
+        and layer.compute_dtype in FUSED_DTYPES
     )
 
 
 def _has_fused_form(layer):
     is_image = len(layer.input.shape) == 4 and layer.axis in (-1, 3)
     is_plain = layer.center and layer.scale and not layer.renorm and not layer.synchronized
-    return is_image and is_plain and layer.compute_dtype == "float32"
+    return is_image and is_plain and layer.compute_dtype in FUSED_DTYPES
 
 
 def folded(model: keras.Model) -> keras.Model:

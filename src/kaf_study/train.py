@@ -6,7 +6,7 @@ python -m kaf_study.train --dataset cifar10 --architecture resnet20 --activation
 
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def train(
             print(f"Resuming {out} after epoch {len(checkpoint.history)} of {config.epochs}.")
         probe = fit(model, network, config, training, validation, checkpoint, verbose)
         network.set_weights(model.get_weights())
+        look_at_saved(probe, network, config)
         record = {
             "settings": asdict(config),
             "results": {
@@ -147,9 +148,10 @@ def build_network(config: TrainConfig) -> keras.Model:
 def build_trainer(network: keras.Model, config: TrainConfig, steps: int) -> keras.Model:
     """A fast twin of `network`, compiled for `steps` batches.
 
-    It trains by fast adversarial training or, where epsilon is 0, as any Keras model.
+    It trains by fast adversarial training or, where epsilon is 0, as any Keras model; in the
+    precision of `config`, whatever that of `network`.
     """
-    twin = fused(network)
+    twin = fused(network, config.precision)
     loss: keras.losses.Loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if config.label_smoothing:  # labels are one-hot, see epoch_batches
         loss = keras.losses.CategoricalCrossentropy(
@@ -181,9 +183,13 @@ def build_trainer(network: keras.Model, config: TrainConfig, steps: int) -> kera
 def optimizer_of(config: TrainConfig, schedule: Any) -> keras.optimizers.Optimizer:
     ema = {"use_ema": True, "ema_momentum": config.ema_momentum} if config.ema_momentum else {}
     if config.optimizer == "adam":
-        return keras.optimizers.Adam(schedule, beta_1=config.momentum, **ema)
-    kind = WarmMeanSGD if config.ema_warm else keras.optimizers.SGD
-    return kind(schedule, momentum=config.momentum, nesterov=config.nesterov, **ema)
+        optimizer = keras.optimizers.Adam(schedule, beta_1=config.momentum, **ema)
+    else:
+        kind = WarmMeanSGD if config.ema_warm else keras.optimizers.SGD
+        optimizer = kind(schedule, momentum=config.momentum, nesterov=config.nesterov, **ema)
+    if config.precision == "mixed_float16":  # whose gradients are 0 below 6e-8
+        return keras.optimizers.LossScaleOptimizer(optimizer)
+    return optimizer
 
 
 # --------------------------------------------------------------------------- how it is trained
@@ -292,6 +298,13 @@ class Measurement(RobustnessProbe):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if logs is not None:
             logs.update(self.accuracies())
+
+
+def look_at_saved(probe: RobustnessProbe, network: keras.Model, config: TrainConfig) -> None:
+    """Gives a probe the network as it is saved, in float32, where training computed otherwise."""
+    if config.precision != "float32":
+        probe.set_model(build_trainer(network, replace(config, precision="float32"), steps=1))
+        probe.on_train_begin()
 
 
 def measured(probe: RobustnessProbe, validation: Images, checkpoint: Checkpoint) -> dict[str, Any]:
