@@ -49,6 +49,8 @@ class Kaf(keras.layers.Layer):
     Parameters and sums are float32 under half precision too (a ridge start has coefficients that
     cancel; in float16 they left noise of 0.1), float64 under the float64 policy.
 
+    Keras' `model.export` takes it as it is, but to ONNX within `kernel_expansion.plain_formula()`.
+
     Args:
         D: number of dictionary points, at least 2.
         ridge: function that g starts as, by a kernel ridge fit on the dictionary: the name of a

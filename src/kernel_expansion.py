@@ -13,10 +13,12 @@ Shapes: x (..., C), alpha (D, C), dictionary (D,) or (D, C), gamma a number or (
 lie (D, C) so that the channels, which are last in x, are contiguous.
 """
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -65,6 +67,25 @@ def plain_expansion(
     # (..., C) -> (..., 1, C); against the dictionary (D, C) the kernel is (..., D, C).
     kappa = KERNELS[kernel](ops.expand_dims(x, -2) - dictionary, gamma)
     return ops.sum(alpha * kappa, axis=-2)
+
+
+_is_plain = ContextVar("_is_plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_formula() -> Iterator[None]:
+    """Within, Gaussian expansions are their formula as well, whatever the backend and type.
+
+    For exporters that know ordinary operations alone, as tf2onnx does:
+
+        with plain_formula():
+            model.export("model.onnx", format="onnx")
+    """
+    token = _is_plain.set(True)
+    try:
+        yield
+    finally:
+        _is_plain.reset(token)
 
 
 def ridge_coefficients(
@@ -167,6 +188,8 @@ def _constant_dictionary(D, boundary, dtype):
 
 
 def _has_fast_path(x):
+    if _is_plain.get():
+        return False
     is_known = x.shape[-1] is not None
     return is_known and keras.backend.standardize_dtype(x.dtype) == "float32"
 
