@@ -156,6 +156,33 @@ def test_deepfool_is_arts_where_the_ball_cuts_nothing(classifier, art, data):
     np.testing.assert_allclose(run.x_adv, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm, dual, beyond", [(2, 2, 0), (np.inf, 1, 0.02)])
+def test_deepfool_of_a_linear_model_is_the_nearest_boundary(norm, dual, beyond):
+    """Of any class: |z_y - z_i| / ||w_y - w_i||_dual; the pixels stay inside of [0, 1]."""
+    generator = np.random.default_rng(5)
+    x = generator.uniform(0.4, 0.6, (30, *SHAPE)).astype("float32")
+    w = generator.normal(size=(x[0].size, CLASSES)).astype("float32")
+    # A class that is far in L2, as its weights are few, may be the nearest in L-inf
+    w[::2, 1] *= 3
+
+    def linear(images, training=False):
+        return tf.reshape(images - 0.5, (-1, len(w))) @ w
+
+    logits = linear(x).numpy().astype("float64")
+    y, rows = logits.argmax(axis=-1), np.arange(len(x))
+    differences = logits[rows, y][:, None] - logits  # (N, classes)
+    slopes = np.linalg.norm(w.T[y][:, None] - w.T[None], ord=dual, axis=-1)
+    slopes[rows, y] = np.nan
+    expected = np.nanmin(differences / slopes, axis=-1)
+    classifier = CompiledClassifier(linear, CLASSES, SHAPE)
+    run = attacked(DeepFool(classifier, epsilon=1.0, steps=3, norm=norm), x, y)
+    found = np.linalg.norm((run.x_adv - x).reshape(len(x), -1), ord=norm, axis=-1)
+    np.testing.assert_allclose(found, (1 + beyond) * expected, rtol=1e-3, atol=1e-6)
+    nearest = np.nanargmin(differences / slopes, axis=-1)
+    np.testing.assert_array_equal(run.predictions[run.fell], nearest[run.fell])
+    assert run.fell.all() if beyond else run.fell.any()  # ART's ends on the boundary itself
+
+
 def test_deepfool_is_cut_to_the_ball(classifier, data):
     x, y = data
     whole, cut = (attacked(DeepFool(classifier, epsilon=e, steps=9), x, y) for e in (1, 0.01))

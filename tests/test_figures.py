@@ -312,6 +312,28 @@ def test_survival_curves_recount_the_rows():
     np.testing.assert_allclose(second.lines[0].get_ydata(), [80, 40, 20])
 
 
+def test_smallest_perturbations_are_those_of_the_rows(models, tmp_path):
+    """Of 8 images 2 are wrong when clean, 2 were never felled, 4 fell at 1, 2, 3 and 8 of 255."""
+    is_clean, stands = np.arange(8) < 6, np.isin(np.arange(8), (0, 5))
+    settings = AttackSettings("deepfool-linf", epsilon=1.0)
+    for name in ("relu", "kaf"):
+        made = result(is_clean, stands, settings, model=f"cifar10_resnet20_{name}_seed0")
+        norms = {"relu": [0, 3, 1, 8, 2, 0, 0, 0], "kaf": [0, 90, 90, 90, 2, 0, 0, 0]}[name]
+        made.images["linf"] = np.array(norms) / 255
+        made.write(models / f"cifar10_resnet20_{name}_seed0" / "robustness")
+    ax = figures.smallest_perturbations(read_results(models))
+    lines = {line.get_label(): line for line in ax.lines}
+    assert set(lines) == {"ReLU: 5.5", "KAF: 90.0"}  # of six: 1, 2, 3, 8 and two without an end
+    relu = lines["ReLU: 5.5"]
+    assert to_hex(relu.get_color()) == ACTIVATION_COLORS["relu"]
+    ends = np.array([place for place in zip(*relu.get_data(), strict=True) if place[0] < np.inf])
+    expected = [(0, 100), (0, 87.5), (0, 75), (1, 62.5), (2, 50), (3, 37.5), (8, 25)]
+    np.testing.assert_allclose(ends, expected, rtol=1e-8)
+    out = tmp_path / "perturbations.png"
+    assert command.main(["perturbations", str(models), "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
 def test_ridge_starts_are_drawn_over_their_targets():
     figure = figures.kaf_starts(targets=("elu",))
     by_label = {line.get_label(): line for line in figure.axes[1].lines}
@@ -350,6 +372,7 @@ def test_examples_show_what_the_model_said_and_how_sure_it_was():
     [
         (["scatter", "{root}/nowhere", "--out", "{root}/a.png"], "not a folder"),
         (["scatter", "{root}/empty", "--out", "{root}/a.png"], "no results"),
+        (["perturbations", "{root}/models", "--out", "{root}/a.png"], "no results of deepfool"),
         (["curves", "{root}/empty", "--out", "{root}/a.png"], "no finished model"),
         (["shapes", "{root}/empty", "--out", "{root}/a.png"], "no finished model with KAFs"),
         (["curves", "{root}/models", "--out", "{root}/a.xyz"], "end in .png"),

@@ -36,6 +36,7 @@ def test_defaults_are_the_published_attacks():
         "square": (1000, 1),
         "square-5000": (5000, 1),
         "deepfool": (50, 1),
+        "deepfool-linf": (50, 1),
         "cw": (40, 1),
         "autoattack": (None, None),
         "rapid": (None, None),

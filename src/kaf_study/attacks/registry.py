@@ -121,6 +121,13 @@ ATTACKS = {
         steps=50,
         is_random=False,
     ),
+    "deepfool-linf": Attack(
+        "kaf_study.attacks.deepfool (L-inf), its points cut to the L-inf ball",
+        "deepfool.DeepFool",
+        steps=50,
+        is_random=False,
+        arguments={"norm": math.inf},
+    ),
     "cw": Attack(
         "kaf_study.attacks.carlini_wagner (L-inf) at tau = epsilon",
         "carlini_wagner.CarliniWagner",

@@ -1,6 +1,7 @@
 """Every plot of the study, by subject, each drawn from result files or a model.
 
     python -m kaf_study.figures scatter models/* --out imgs/scatter.png
+    python -m kaf_study.figures perturbations models/* --out imgs/perturbations.png
     python -m kaf_study.figures curves models/* --out imgs/curves.png
     python -m kaf_study.figures shapes models/NAME --out imgs/kaf_shapes.png   # or several
     python -m kaf_study.figures curvature models/* --out imgs/curvature.png
@@ -27,6 +28,7 @@ from kaf_study.figures.results import (
     adversarial_examples,
     image_rows,
     robustness_curve,
+    smallest_perturbations,
     survival_curves,
 )
 from kaf_study.figures.style import Line, common_training, save, shared_legend
@@ -50,6 +52,7 @@ __all__ = [
     "robustness_curve",
     "save",
     "shared_legend",
+    "smallest_perturbations",
     "survival_curves",
     "training_curves",
     "training_steps",

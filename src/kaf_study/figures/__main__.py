@@ -1,4 +1,4 @@
-"""python -m kaf_study.figures scatter|curves|shapes|curvature MODEL_FOLDER... --out FILE.png"""
+"""python -m kaf_study.figures KIND MODEL_FOLDER... --out FILE.png"""
 
 import sys
 from argparse import Namespace
@@ -12,7 +12,7 @@ from kaf_study import CommandParser, InputError
 from kaf_study.activations import is_kaf
 from kaf_study.figures.insights import curvature_and_robustness
 from kaf_study.figures.kafs import initial_network, kaf_shapes, kaf_shapes_side_by_side
-from kaf_study.figures.results import accuracy_robustness_scatter
+from kaf_study.figures.results import accuracy_robustness_scatter, smallest_perturbations
 from kaf_study.figures.style import Line, common_training, save
 from kaf_study.figures.training import training_curves
 from kaf_study.mechanism import curvature_table
@@ -28,6 +28,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in (
         ("scatter", "clean against robust accuracy"),
+        ("perturbations", "images that stand, by the smallest perturbation found (deepfool)"),
         ("curves", "loss and probe accuracies by epoch"),
         ("shapes", "the functions of a model's KAF layers, or of several models side by side"),
         ("curvature", "curvature before and after training, and robust accuracy"),
@@ -37,6 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         command.add_argument("--out", required=True, metavar="FILE.png")
         if name == "scatter":
             command.add_argument("--labels", choices=("true", "predicted"), default="true")
+        if name in ("scatter", "perturbations"):
             command.add_argument("--protocol", help="name of the result files: pgd-50-10-true")
         if name == "shapes":
             command.add_argument("--channels", type=int, default=6, help="drawn per layer (6)")
@@ -63,6 +65,9 @@ def drawn(arguments: Namespace) -> Figure | SubFigure:
         results = read_results(*arguments.folders)
         ax = accuracy_robustness_scatter(results, arguments.labels, protocol=arguments.protocol)
         return ax.figure
+    if arguments.command == "perturbations":
+        results = read_results(*arguments.folders)
+        return smallest_perturbations(results, protocol=arguments.protocol).figure
     if arguments.command == "curves":
         return _curves(models)
     if arguments.command == "curvature":

@@ -227,6 +227,52 @@ def robustness_curve(curves: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     return ax
 
 
+MINIMAL = ("deepfool", "deepfool-linf")  # attacks that end at the nearest point they find
+
+
+def smallest_perturbations(
+    results: pd.DataFrame, ax: Axes | None = None, *, protocol: str | None = None
+) -> Axes:
+    """The share of images that stand against the L-inf norm of the perturbation found for each.
+
+    Its median is that of the images that are right when clean; one that was not found is beyond the
+    radius of the attack.
+
+    Args:
+        results: of `kaf_study.records.read_results`; those of `MINIMAL` are drawn. Let no ball cut
+            them (--eps 255).
+        protocol: name of the result files, where there are several.
+    """
+    results = results[results["attack"].isin(MINIMAL)]
+    if results.empty:
+        raise InputError(
+            f"no results of {' or '.join(MINIMAL)}; make them with "
+            "robustness_eval.py MODEL --attack deepfool-linf --eps 255"
+        )
+    rows = with_training(_one_protocol(results, "true", protocol))
+    ax = axes_or_new(ax, (6.5, 4.2))
+    found = []
+    for path in rows["path"]:
+        result = Evaluation.read(Path(path))
+        distance = 255 * result.images["linf"].where(~result.is_robust, np.inf)
+        found.append(distance.where(result.is_clean, 0).sort_values().to_numpy(float))
+    most = max(np.quantile(one[np.isfinite(one)], 0.99) for one in found)
+    for one, label, activation in zip(found, rows["label"], rows["activation"], strict=True):
+        median = np.median(one[one > 0])
+        text = f"{label}: {median:.1f}" if np.isfinite(median) else f"{label}: beyond the radius"
+        standing = 100 * (1 - np.arange(len(one) + 1) / len(one))
+        ax.step([0, *one], standing, where="post", color=color_of(activation), label=text)
+    ax.set_xlim(0, most)
+    ax.set_ylim(0, None)
+    ax.set_xlabel("L-inf norm of the perturbation, in 255ths")
+    ax.set_ylabel(f"still standing, % of {len(found[0]):,} images")
+    ax.legend(title="median of those right when clean", frameon=False, fontsize=9)
+    training = common_training(t for t in rows["training"] if t is not None)
+    _title(ax, training, rows["protocol"].iloc[0])
+    ax.grid(alpha=0.3)
+    return ax
+
+
 # --------------------------------------------------------------------------- images
 
 
