@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from activationsf import activation
 from kaf_study import InputError, figures, sanity_checks
-from kaf_study.attacks.registry import AttackSettings
+from kaf_study.attacks.registry import ATTACKS, AttackSettings
 from kaf_study.sanity_checks import CHECKED, NOT_RUN, RADII, check_model
 
 matplotlib.use("Agg")
@@ -73,6 +73,8 @@ def relu_report(relu, data):
 def test_relu_passes_every_check(relu_report):
     assert relu_report.passed, relu_report.lines()
     assert [name for name, s in statuses(relu_report).items() if s == NOT_RUN] == ["beats transfer"]
+    later = {"no optimisation at test time", "rapid beats Square 200", "rapid beats FAB 20"}
+    assert later < set(statuses(relu_report))
     assert relu_report.lines()[-1] == "=> no sign of masked gradients"
     accuracy = relu_report.curve["accuracy"]
     assert relu_report.curve["eps"] == list(RADII)
@@ -97,6 +99,64 @@ def test_model_with_noise_is_flagged(relu, data):
 
     report = check(randomised, data)
     assert "same figure twice" in report.failed, report.lines()
+
+
+def with_a_tape(relu):
+    def purified(x, training=False):
+        x = tf.convert_to_tensor(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            energy = tf.reduce_sum(tf.square(relu(x, training=False)), axis=-1)
+        return relu(x - 0.01 * tape.gradient(energy, x), training=False)
+
+    return purified
+
+
+def with_tf_gradients_in_a_loop(relu):
+    def purified(x, training=False):
+        def step(i, x):
+            energy = tf.reduce_sum(tf.square(relu(x, training=False)), axis=-1)
+            return i + 1, x - 0.01 * tf.gradients(energy, x)[0]
+
+        return relu(tf.while_loop(lambda i, x: i < 2, step, (0, x))[1], training=False)
+
+    return tf.function(purified, autograph=False)
+
+
+@pytest.mark.parametrize("purifier", [with_a_tape, with_tf_gradients_in_a_loop])
+def test_optimisation_at_test_time_is_flagged_in_code_and_in_a_saved_graph(
+    relu, data, purifier, tmp_path
+):
+    count = sanity_checks.gradients_in_forward_pass
+    purified = purifier(relu)
+    assert count(purified, SHAPE) > 0
+    assert count(relu, SHAPE) == count(keras.Sequential([activation("kaf_on_relu")]), SHAPE) == 0
+    module = tf.Module()
+    module.relu = relu  # whose variables it keeps
+    signature = [tf.TensorSpec((None, *SHAPE), tf.float32)]
+    module.serve = tf.function(lambda x: purified(x), input_signature=signature)
+    tf.saved_model.save(module, str(tmp_path / "saved"))
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    assert count(lambda x, training: loaded.serve(x), SHAPE) > 0
+
+
+def test_optimisation_at_test_time_is_a_check_of_the_report(relu, data):
+    runs = sanity_checks._Runs(
+        with_a_tape(relu), data[0][:8], data[1][:8], CHECKED, sanity_checks.Execution(8), 5, (), 5
+    )
+    assert sanity_checks.nothing_is_optimised(runs).status == "fail"
+
+
+def test_rapid_that_misses_what_square_fells_is_flagged():
+    runs = sanity_checks._Runs(None, np.zeros((100, 1)), None, CHECKED, None, None, (), 5)
+    runs.pgd, runs.rapid = np.zeros(100, bool), np.arange(100) < 40
+    square = np.arange(100) < 38
+    assert sanity_checks.as_strong_as(runs, "Square", square, than="rapid").status == "pass"
+    square[37] = False
+    missed = sanity_checks.as_strong_as(runs, "Square", square, than="rapid")
+    assert (missed.status, missed.name) == ("fail", "rapid beats Square")
+    assert "rapid 40.0%, Square 37.0%; 3 fell to Square alone" in missed.text
+    assert sanity_checks.as_strong_as(runs, "Square", square).status == "pass"  # of PGD
 
 
 def test_saturated_softmax_is_flagged(relu, data):
@@ -166,6 +226,9 @@ def test_no_batch_is_larger_than_allowed(relu, data, monkeypatch):
     sizes = []
     monkeypatch.setattr(sanity_checks, "ITERATIONS", (1, 2))
     monkeypatch.setattr(sanity_checks, "NOISE_DRAWS", 2)
+    monkeypatch.setattr(sanity_checks, "FAB_STEPS", 1)
+    short = (("pgd", {"steps": 2, "restarts": 1}), ("margin-t", {"steps": 1, "restarts": 1}))
+    monkeypatch.setitem(ATTACKS, "rapid", replace(ATTACKS["rapid"], members=short))
 
     def watched(x, training=False):
         if x.shape[0] is not None:

@@ -13,12 +13,14 @@ With n images no figure is sharper than one image, so one image (or 2 % of n, if
 the tolerance wherever two attacks or two radii are compared: an attack is a search, not a proof.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import tensorflow as tf
 
 from kaf_study import InputError
 from kaf_study.attacks.classifier import CompiledClassifier, cross_entropy
@@ -31,6 +33,7 @@ ITERATIONS = (1, 5, 10, 20, 50, 100)
 RESTARTS = 5
 CHECKED = AttackSettings(restarts=RESTARTS)
 NOISE_DRAWS = 100
+FAB_STEPS = 20  # towards each target, of the 100 that it has in AutoAttack
 SMALL_STEP = 1 / 255  # over which the margin must change as its gradient says
 PASS, FAIL, NOT_RUN = "pass", "fail", "not run"
 
@@ -113,7 +116,8 @@ def check_model(
             "the checks are of pgd with true labels, "
             f"got {settings.attack} with labels {settings.labels}"
         )
-    runs = _Runs(model, x, y, settings, Execution(batch_size), classes, tuple(transfer_from))
+    execution = Execution(batch_size)
+    runs = _Runs(model, x, y, settings, execution, classes, tuple(transfer_from), queries)
     if not runs.is_clean.any():
         raise InputError(
             f"none of the {len(runs.x)} images is classified correctly, so there is nothing to "
@@ -123,6 +127,7 @@ def check_model(
     checks = (
         better_than_chance(runs),
         outputs_are_logits(runs),
+        nothing_is_optimised(runs),
         the_same_twice(runs),
         gradients_are_not_zero(runs),
         loss_follows_its_gradient(runs),
@@ -133,7 +138,9 @@ def check_model(
         falls_with_restarts(runs),
         as_strong_as(runs, "FGSM", runs.under("fgsm")),
         as_strong_as(runs, f"noise x{NOISE_DRAWS}", runs.under_noise()),
-        as_strong_as(runs, f"Square {queries}", runs.under("square", queries)),
+        as_strong_as(runs, f"Square {queries}", runs.square),
+        as_strong_as(runs, f"Square {queries}", runs.square, than="rapid"),
+        as_strong_as(runs, f"FAB {FAB_STEPS}", runs.under("fab-t", FAB_STEPS), than="rapid"),
         *transfers(runs, transferred),
     )
     curve = {
@@ -155,6 +162,7 @@ class _Runs:
     execution: Execution
     classes: int | None
     transfer_from: tuple
+    queries: int
 
     def stands(self, settings):
         """Which images are correct when clean and stand under an attack."""
@@ -198,6 +206,14 @@ class _Runs:
     def pgd(self):
         """The attack in question."""
         return self.under_pgd()
+
+    @cached_property
+    def square(self):
+        return self.under("square", self.queries)
+
+    @cached_property
+    def rapid(self):
+        return self.under("rapid")
 
     @cached_property
     def one_restart(self):
@@ -316,6 +332,44 @@ def outputs_are_logits(runs: _Runs) -> Check:
     return _check(name, saturated <= 0.01, text, saturated=saturated)
 
 
+def nothing_is_optimised(runs: _Runs) -> Check:
+    """Croce & Hein's "optimization at test time": gradients that the forward pass takes itself.
+
+    Attacks then follow the gradient of a descent, and may be misled by it.
+    """
+    count = gradients_in_forward_pass(runs.classifier.model, runs.x.shape[1:])
+    text = f"{count or 'no'} operations of its own gradients in the forward pass"
+    return _check("no optimisation at test time", not count, text, operations=count)
+
+
+def gradients_in_forward_pass(model: Callable, shape: tuple[int, ...]) -> int:
+    """How many operations of a model's graph are gradients that TensorFlow took in it.
+
+    Args:
+        model: f(x, training=False). shape: of one image.
+    """
+
+    @tf.function(input_signature=[tf.TensorSpec((None, *shape), tf.float32)])
+    def forward(x):
+        return model(x, training=False)
+
+    graph = forward.get_concrete_function().graph.as_graph_def()
+    functions = {f.signature.name: f.node_def for f in graph.library.function}
+    seen, waiting, count = set(), [graph.node], 0
+    while waiting:
+        for node in waiting.pop():
+            # TensorFlow's names for what GradientTape.gradient and tf.gradients make
+            count += bool(re.match(r"(.*/)?(gradient_tape|gradients(_\d+)?)/", node.name))
+            called = {node.op} | {
+                function.name
+                for value in node.attr.values()
+                for function in (value.func, *value.list.func)
+            }
+            waiting += [functions[name] for name in called & (functions.keys() - seen)]
+            seen |= called
+    return count
+
+
 def the_same_twice(runs: _Runs) -> Check:
     """The same seed, the same figure; and the model gives the same outputs for the same images."""
     again = runs.classifier.predict(runs.x, runs.batch_size)
@@ -417,12 +471,14 @@ def falls_with_restarts(runs: _Runs) -> Check:
     return _check("falls with restarts", missed <= runs.tolerance, text, missed=missed)
 
 
-def as_strong_as(runs: _Runs, name: str, stands: np.ndarray) -> Check:
-    """PGD fells what a weaker attack fells."""
-    missed = int((runs.pgd & ~stands).sum())
-    text = f"PGD {_percent(runs.pgd)}, {name} {_percent(stands)}; {missed} fell to {name} alone"
+def as_strong_as(runs: _Runs, name: str, stands: np.ndarray, than: str = "PGD") -> Check:
+    """PGD, or `rapid`, fells what a weaker attack fells."""
+    standing = runs.rapid if than == "rapid" else runs.pgd
+    missed = int((standing & ~stands).sum())
+    text = f"{than} {_percent(standing)}, {name} {_percent(stands)}; {missed} fell to {name} alone"
     passed = missed <= runs.tolerance
-    return _check(f"beats {name}", passed, text, missed=missed, accuracy=float(stands.mean()))
+    title = f"rapid beats {name}" if than == "rapid" else f"beats {name}"
+    return _check(title, passed, text, missed=missed, accuracy=float(stands.mean()))
 
 
 def transfers(runs: _Runs, transferred: dict[str, np.ndarray]) -> list[Check]:

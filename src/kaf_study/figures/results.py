@@ -250,7 +250,7 @@ def smallest_perturbations(
             "robustness_eval.py MODEL --attack deepfool-linf --eps 255"
         )
     rows = with_training(_one_protocol(results, "true", protocol))
-    ax = axes_or_new(ax, (6.5, 4.2))
+    ax = axes_or_new(ax, (8, 4.8))
     found = []
     for path in rows["path"]:
         result = Evaluation.read(Path(path))
