@@ -136,11 +136,7 @@ def check_model(
         falls_with_the_radius(runs),
         falls_with_iterations(runs),
         falls_with_restarts(runs),
-        as_strong_as(runs, "FGSM", runs.under("fgsm")),
-        as_strong_as(runs, f"noise x{NOISE_DRAWS}", runs.under_noise()),
-        as_strong_as(runs, f"Square {queries}", runs.square),
-        as_strong_as(runs, f"Square {queries}", runs.square, than="rapid"),
-        as_strong_as(runs, f"FAB {FAB_STEPS}", runs.under("fab-t", FAB_STEPS), than="rapid"),
+        *beats_the_weaker(runs),
         *transfers(runs, transferred),
     )
     curve = {
@@ -355,7 +351,8 @@ def gradients_in_forward_pass(model: Callable, shape: tuple[int, ...]) -> int:
 
     graph = forward.get_concrete_function().graph.as_graph_def()
     functions = {f.signature.name: f.node_def for f in graph.library.function}
-    seen, waiting, count = set(), [graph.node], 0
+    seen: set[str] = set()
+    waiting, count = [graph.node], 0
     while waiting:
         for node in waiting.pop():
             # TensorFlow's names for what GradientTape.gradient and tf.gradients make
@@ -479,6 +476,17 @@ def as_strong_as(runs: _Runs, name: str, stands: np.ndarray, than: str = "PGD") 
     passed = missed <= runs.tolerance
     title = f"rapid beats {name}" if than == "rapid" else f"beats {name}"
     return _check(title, passed, text, missed=missed, accuracy=float(stands.mean()))
+
+
+def beats_the_weaker(runs: _Runs) -> list[Check]:
+    square = f"Square {runs.queries}"
+    return [
+        as_strong_as(runs, "FGSM", runs.under("fgsm")),
+        as_strong_as(runs, f"noise x{NOISE_DRAWS}", runs.under_noise()),
+        as_strong_as(runs, square, runs.square),
+        as_strong_as(runs, square, runs.square, than="rapid"),
+        as_strong_as(runs, f"FAB {FAB_STEPS}", runs.under("fab-t", FAB_STEPS), than="rapid"),
+    ]
 
 
 def transfers(runs: _Runs, transferred: dict[str, np.ndarray]) -> list[Check]:
