@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from fabricated import result, training_record, write_training
+from scipy.stats import binomtest
 
 from kaf_study import InputError, cards, compare, records, tables
 from kaf_study.attacks.registry import AttackSettings
@@ -18,6 +19,7 @@ from kaf_study.files import locked, read_bytes, write_atomically
 from kaf_study.model_folder import ModelFolder, trained_models
 from kaf_study.records import (
     Evaluation,
+    percent,
     read_history,
     read_results,
     read_training,
@@ -108,6 +110,20 @@ def test_table_stars_predicted_labels(tmp_path):
     assert " 60.0 +- 11.0 % " in lines[1]
     assert " 65.0 +- 10.7 %*" in lines[2]
     assert "not a robust accuracy" in lines[-1]
+    assert lines[-2] == "+- is one binomial standard error."
+
+
+def test_of_none_and_of_all_images_a_bound_is_told(tmp_path):
+    """Not "0.0 ± 0.0": of 500 images none fell says that less than 0.6 % do, at 95 %."""
+    assert percent(0.6, 20) == "60.0 ± 11.0"
+    assert (percent(0.0, 500), percent(1.0, 500)) == ("< 0.6", "> 99.4")
+    for n in (1, 20, 500, 10_000):
+        at_most = binomtest(0, n).proportion_ci(0.9, method="exact").high  # each side: 95 %
+        assert percent(0.0, n) == f"< {100 * at_most:.1f}"
+    summary = Evaluation.read(write(tmp_path)).summary
+    lines = results_table([summary | {"robust_accuracy": 0.0}]).splitlines()
+    assert " 80.0 +- 8.9 % " in lines[1] and " < 13.9 %" in lines[1]
+    assert "< and >: of none or of all images, the bound at 95 %" in lines[-1]
 
 
 # --- records that lie

@@ -134,7 +134,7 @@ def test_check_prints_a_list_and_keeps_it(folder, tmp_path, capsys, monkeypatch)
     assert "=> no sign of masked gradients" in printed and "FAIL" not in printed
     stem = folder / "robustness" / "checks-10-5-true-digits-n16-eps16"
     kept = json.loads(stem.with_suffix(".json").read_text())
-    assert kept["passed"] and kept["n"] == 16 and len(kept["checks"]) == 14
+    assert kept["passed"] and kept["n"] == 16 and len(kept["checks"]) == 17
     assert kept["attack"]["steps"] == 10 and kept["attack"]["restarts"] == 5 and kept["seed"] == 0
     assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert read_results(folder).empty  # a check is no evaluation

@@ -17,6 +17,7 @@ from kaf_study.claims import MEASURES, Study
 from kaf_study.files import write_atomically
 from kaf_study.model_folder import DATASET_LABELS, TrainedModel, trained_models
 from kaf_study.paired import LEVEL
+from kaf_study.records import percent
 from kaf_study.seeds import MARGIN
 from kaf_study.tables import KINDS, model_table, pgd_name
 
@@ -35,14 +36,11 @@ WHAT_COMBINED = {
 
 def shown(table: pd.DataFrame) -> dict[str, list[str]]:
     """A table of `tables.model_table` as text, percent with standard errors."""
-    chosen = table.attrs["chosen"]
+    chosen, n = table.attrs["chosen"], table.attrs["n"]
 
     def accuracy(column):
-        error = column.replace("_accuracy", "") + "_standard_error"
-        return [
-            "–" if pd.isna(v) else f"{100 * v:.1f} ± {100 * e:.1f}"
-            for v, e in zip(table[column], table[error], strict=True)
-        ]
+        count = n.get(column, next(iter(n.values())))
+        return ["–" if pd.isna(v) else percent(v, count) for v in table[column]]
 
     def plain(column, pattern, factor=1):
         return ["–" if pd.isna(v) else pattern.format(factor * v) for v in table[column]]

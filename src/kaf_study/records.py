@@ -541,18 +541,19 @@ def results_table(summaries: list[dict[str, Any]]) -> str:
     rows = [("model", "labels", "clean", "under attack", "protocol")]
     for s in summaries:
         if s["labels"] == "true":
-            shown = f"{_percent(s['robust_accuracy'], s['robust_standard_error'])} "
+            shown = f"{_percent(s['robust_accuracy'], s['n'])} "
         else:
-            value = s["accuracy_under_attack_predicted_labels"]
-            shown = f"{_percent(value, s['standard_error_predicted_labels'])}*"
-        clean = _percent(s["clean_accuracy"], s["clean_standard_error"])
+            shown = f"{_percent(s['accuracy_under_attack_predicted_labels'], s['n'])}*"
+        clean = _percent(s["clean_accuracy"], s["n"])
         rows.append((s["model"] or "", s["labels"], clean, shown, s["protocol"]))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    lines.append("+- is one binomial standard error.")
+    bounds = "; < and >: of none or of all images, the bound at 95 %"
+    is_bounded = any(sign in row[i] for row in rows for i in (2, 3) for sign in "<>")
+    lines.append(f"+- is one binomial standard error{bounds * is_bounded}.")
     if any(s["labels"] != "true" for s in summaries):
         lines.append(
             "* predicted labels: only for comparison with figures from attacks called without "
@@ -561,5 +562,17 @@ def results_table(summaries: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _percent(accuracy: float, error: float) -> str:
-    return f"{100 * accuracy:5.1f} +- {100 * error:.1f} %"
+def _percent(accuracy: float, n: int) -> str:
+    return f"{percent(accuracy, n, '+-'):>11} %"
+
+
+def percent(accuracy: float, n: int, sign: str = "±") -> str:
+    """A share of n images in percent, with one binomial standard error: "37.7 ± 1.5".
+
+    Of none and of all images that error is 0, which would say too much. There it is the bound that
+    the share lies within at 95 % (Clopper & Pearson 1934, one-sided): "< 0.6", "> 99.4".
+    """
+    bound = 100 * (1 - 0.05 ** (1 / n))
+    if accuracy in (0, 1):
+        return f"> {100 - bound:.1f}" if accuracy else f"< {bound:.1f}"
+    return f"{100 * accuracy:.1f} {sign} {100 * standard_error(accuracy, n):.1f}"
