@@ -13,7 +13,7 @@ DEMO_MODELS := $(foreach a,$(DEMO_ACTIVATIONS),runs/demo/digits_light_cnn_$(a)_s
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help venv demo report test test-all test-jax test-torch mutants lint format clean
+.PHONY: help venv demo study report test test-all test-jax test-torch mutants lint format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,7 +24,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11, 3.12 or 3.13 is needed (TensorFlow has no other); this is {v.major}.{v.minor}. Say make PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[study,legacy,dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[study,legacy,workflow,dev]'
 	touch $@
 
 demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure (minutes)
@@ -36,6 +36,9 @@ demo: venv ## train relu, swish and kaf on digits, attack them, draw the figure 
 	$(RUN) robustness_eval.py $(DEMO_MODELS) --dataset digits $(DEMO_ATTACK)
 	$(RUN) robustness_eval.py compare $(DEMO_MODELS)
 	$(RUN) -m kaf_study.figures scatter $(DEMO_MODELS) --out imgs/demo_scatter.png
+
+study: venv ## what is missing of the study: trainings, attacks, tables, figures (days)
+	$(RUN) -m snakemake --cores all
 
 # A fixed date: the same result files give the same report, byte for byte.
 report: export SOURCE_DATE_EPOCH := 0
