@@ -24,7 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from kaf_study import CommandParser, InputError
+from kaf_study import CommandParser, InputError, run_command
 from kaf_study.cards import put_table_into
 from kaf_study.records import hardware, make_writable, versions, write_atomically
 
@@ -600,12 +600,7 @@ def main(argv=None):
         *shape, D = arguments.shape
         peak_worker(arguments.side, tuple(shape), D)
         return 0
-    try:
-        run(arguments)
-    except InputError as error:
-        print(f"benchmarks/run.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("benchmarks/run.py", lambda: run(arguments))
 
 
 def run(arguments):

@@ -6,6 +6,7 @@ Imports kernel_expansion, activationsf and fbfadvtrain; they never import it.
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 # XLA keeps to 256-bit vectors unless told; on processors with AVX-512, 512 bits make the compiled
@@ -32,6 +33,26 @@ class InputError(ValueError):
 def called_as(script: str, otherwise: str) -> str:
     """The name of a command: `script` where it was called by that installed script."""
     return script if os.path.basename(sys.argv[0]) == script else otherwise
+
+
+def run_command(prog: str, command: Callable[[], int | None], again: str | None = None) -> int:
+    """The exit code of a command: 0, or its own; 2 if something given cannot be used; 130.
+
+    Args:
+        prog: what it is called as, for the one line that says what is wrong.
+        command: what it does; returns another exit code than 0, if any.
+        again: what the same command would do after an interrupt ("resumes"); None: it is not said.
+    """
+    try:
+        return command() or 0
+    except InputError as error:
+        code, said = 2, f"error: {error}"
+    except KeyboardInterrupt:
+        if again is None:
+            raise
+        code, said = 130, f"interrupted; the same command {again}"
+    print(f"{prog}: {said}", file=sys.stderr)
+    return code
 
 
 class CommandParser(argparse.ArgumentParser):

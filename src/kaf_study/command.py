@@ -27,7 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # After the log level, which TensorFlow reads once; TensorFlow itself is imported in `run`, when
 # the settings are known to be possible.
-from kaf_study import CommandParser, InputError, called_as, records
+from kaf_study import CommandParser, InputError, called_as, records, run_command
 from kaf_study.attacks.registry import (
     ATTACKS,
     DEFAULT_N,
@@ -200,18 +200,14 @@ def main(argv: list[str] | None = None) -> int:
 
         return compare.main(argv[1:])
     arguments = parse(argv)
-    try:
+
+    def checked_or_attacked():
         if arguments.check:
             return 0 if check(arguments) else 1
         print(run(arguments))
-    except InputError as error:
-        print(f"{prog()}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        again = "begins anew" if arguments.check else "resumes"
-        print(f"{prog()}: interrupted; the same command {again}", file=sys.stderr)
-        return 130
-    return 0
+
+    again = "begins anew" if arguments.check else "resumes"
+    return run_command(prog(), checked_or_attacked, again)
 
 
 def run(arguments: Namespace) -> str:

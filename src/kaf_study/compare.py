@@ -5,7 +5,6 @@ python robustness_eval.py compare models/ --into RESULTS.md --cards models/READM
 """
 
 import io
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import matplotlib
 import pandas as pd
 
-from kaf_study import CommandParser, InputError
+from kaf_study import CommandParser, InputError, run_command
 from kaf_study.cards import (
     COMBINED,
     claim_notes,
@@ -69,12 +68,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code: 0, or 2 if something given cannot be used."""
     arguments = parse(argv)
-    try:
-        run(arguments)
-    except InputError as error:
-        print(f"robustness_eval.py compare: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("robustness_eval.py compare", lambda: run(arguments))
 
 
 def run(arguments: Namespace) -> None:

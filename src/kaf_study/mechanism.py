@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kaf_study import CommandParser, InputError
+from kaf_study import CommandParser, InputError, run_command
 from kaf_study.activations import (
     ACTIVATION_LABELS,
     STUDIED,
@@ -243,20 +243,19 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code: 0, or 2 if something given cannot be used."""
     arguments = parse(argv)
-    try:
-        models = trained_models(*arguments.folders)
-        for model in models:
-            if model.activation not in WITHOUT_CURVATURE and not model.curvature:
-                print(f"measuring {model.folder}", flush=True)
-                measure(model, arguments.data_dir)
-        networks = curvature_table(models)
-        print(console(shown(by_activation(networks))), "", *conclusions(networks), sep="\n")
-        if arguments.into:
-            put_table_into(arguments.into, markdown_curvature(networks), "curvature")
-    except InputError as error:
-        print(f"kaf_study.mechanism: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("kaf_study.mechanism", lambda: run(arguments))
+
+
+def run(arguments: Namespace) -> None:
+    models = trained_models(*arguments.folders)
+    for model in models:
+        if model.activation not in WITHOUT_CURVATURE and not model.curvature:
+            print(f"measuring {model.folder}", flush=True)
+            measure(model, arguments.data_dir)
+    networks = curvature_table(models)
+    print(console(shown(by_activation(networks))), "", *conclusions(networks), sep="\n")
+    if arguments.into:
+        put_table_into(arguments.into, markdown_curvature(networks), "curvature")
 
 
 if __name__ == "__main__":

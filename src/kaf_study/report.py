@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kaf_study import CommandParser, InputError, tables
+from kaf_study import CommandParser, InputError, run_command, tables
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 from kaf_study.cards import COMBINED, shown
 from kaf_study.claims import ALIKE, Study, studies
@@ -251,12 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code: 0, or 2 if something given cannot be used."""
     arguments = parse(argv)
     root = Path(arguments.root)
-    try:
-        reported(root).write(Path(arguments.out or root / "thesis" / "generated"))
-    except InputError as error:
-        print(f"kaf_study.report: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    out = Path(arguments.out or root / "thesis" / "generated")
+    return run_command("kaf_study.report", lambda: reported(root).write(out))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from activationsf import AnnealKwta, activation
 from fbfadvtrain import FastBetterFreeTrainedModel, Refinements, RobustnessProbe
-from kaf_study import InputError, called_as
+from kaf_study import InputError, called_as, run_command
 from kaf_study.activations import WITHOUT_CURVATURE
 from kaf_study.architectures import build
 from kaf_study.checkpoint import Checkpoint
@@ -328,15 +328,11 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0; 2 if something cannot be used; 130 if interrupted."""
     prog = called_as("kaf-train", "python -m kaf_study.train")
     args = parse(argv, prog)
-    try:
+
+    def run():
         train(config_of(args), args.out, data_dir=args.data_dir, force=args.force)
-    except InputError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command (without --force) resumes", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_command(prog, run, again="(without --force) resumes")
 
 
 if __name__ == "__main__":

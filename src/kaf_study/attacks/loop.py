@@ -154,11 +154,12 @@ def _joined(state, new):
 
 
 def padded_size(count: int, batch_size: int) -> int:
-    """The batch shape for `count` images: `batch_size`, or a half, a quarter or an eighth of it.
+    """The batch shape for `count` images: `batch_size`, or 2, 3, 4, 6, 8 or 12 16ths of it.
 
     Shapes are few, because a layer that XLA compiles is compiled anew for each.
     """
-    return min(size for part in (1, 2, 4, 8) if (size := max(1, batch_size // part)) >= count)
+    sizes = (max(1, batch_size * part // 16) for part in (2, 3, 4, 6, 8, 12, 16))
+    return next(size for size in sizes if size >= count)
 
 
 def random_start(

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import matplotlib
 from matplotlib.figure import Figure, SubFigure
 
-from kaf_study import CommandParser, InputError
+from kaf_study import CommandParser, InputError, run_command
 from kaf_study.activations import is_kaf
 from kaf_study.figures.insights import curvature_and_robustness
 from kaf_study.figures.kafs import initial_network, kaf_shapes, kaf_shapes_side_by_side
@@ -49,13 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code: 0, or 2 if something given cannot be used."""
     arguments = parse(argv)
     matplotlib.use("Agg")
-    try:
+
+    def run():
         save(drawn(arguments), arguments.out)
-    except InputError as error:
-        print(f"kaf_study.figures: error: {error}", file=sys.stderr)
-        return 2
-    print(arguments.out)
-    return 0
+        print(arguments.out)
+
+    return run_command("kaf_study.figures", run)
 
 
 def drawn(arguments: Namespace) -> Figure | SubFigure:
