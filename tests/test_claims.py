@@ -1,13 +1,17 @@
 """Claims get their verdicts from the result files of several seeds."""
 
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from fabricated import result
 
 from kaf_study import InputError, compare
 from kaf_study.activations import STUDIED
+from kaf_study.attacks.registry import AttackSettings
 from kaf_study.cards import shown_verdicts
 from kaf_study.claims import CLAIMS, Claim, claims_table, means, studies
 from kaf_study.records import Evaluation, read_results, standard_error
@@ -178,6 +182,24 @@ def test_compare_shows_claims_of_several_seeds(models, tmp_path, capsys):
     assert "standard deviation: clean 0.06, robust 0.10 points" in printed
     saved = pd.read_csv(tmp_path / "out" / "claims.csv")
     assert set(saved["verdict"]) == {"more robust", "equal within 1 point"}
+
+
+def test_claims_are_of_rapid_where_pgd_has_one_seed_of_each(tmp_path, capsys):
+    numbers = np.arange(N)
+    for seed, (activation, standing) in itertools.product(
+        (0, 1), {"relu": 300, "swish": 360}.items()
+    ):
+        folder = add_network(tmp_path, activation, seed, range(standing))
+        if seed:
+            shutil.rmtree(folder / "robustness")
+        stands = numbers < standing - 20 + seed
+        rapid = result(numbers < 700, stands, AttackSettings("rapid"), model=folder.name)
+        rapid.write(folder / "robustness")
+    assert compare.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "(15 epochs of fast adversarial training), rapid\n" in printed
+    assert "Swish is the most robust Swish    ReLU 2 / 2" in printed and "+6.0" in printed
+    assert "under PGD-50-10" in printed  # the pairs, of the attack that was asked for
 
 
 def test_verdicts_of_several_studies_stand_side_by_side(models, tmp_path):

@@ -117,9 +117,17 @@ class StudyTables(NamedTuple):
 
 
 def tables_of_studies(results: pd.DataFrame, kind: str) -> list[StudyTables]:
-    """Means and verdicts of each study that has several seeds of an activation."""
-    several = [study for study in studies(results, kind) if max(study.seeds.values()) > 1]
-    titles = [common_training(study.models) for study in several]
+    """Means and verdicts of each study that has several seeds of an activation.
+
+    Under the attack `kind` or, where all studies have one seed of each under that, under AutoAttack
+    or `rapid`.
+    """
+    for attack in dict.fromkeys((kind, "autoattack", "rapid")):
+        several = [study for study in studies(results, attack) if max(study.seeds.values()) > 1]
+        if several:
+            break
+    name = COMBINED.get(attack, "PGD")
+    titles = [f"{common_training(study.models)}, {name}" for study in several]
     found = []
     for title, study in zip(titles, several, strict=True):
         if titles.count(title) > 1:
