@@ -11,7 +11,9 @@ import pytest
 from kaf_study import compare, mechanism
 from kaf_study.activations import STUDIED
 from kaf_study.cards import shown
+from kaf_study.claims import claims_table, studies
 from kaf_study.records import read_results
+from kaf_study.report import in_words
 from kaf_study.tables import model_table
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +98,21 @@ def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path)
     below, above = relu - kafs.min(), kafs.max() - relu
     others = f"those with KAFs between {below:.1f} below and {above:.1f} above it"
     assert others in " ".join(README.split())
+
+
+def test_the_answer_over_seeds_is_that_of_the_result_files():
+    found = studies(read_results(ROOT / "models"), "rapid")
+    (study,) = [one for one in found if max(one.seeds.values()) > 1]
+    table = claims_table(study)
+    is_pair = (table["claim"] == "Swish is the most robust") & (table["second"] == "relu")
+    (row,) = table[is_pair].itertuples()
+    low, high = 100 * row.low, 100 * row.high
+    seeds = in_words([study.seeds["swish"], study.seeds["relu"]])
+    told = (
+        f"Swish stands {100 * row.difference:.1f} points above ReLU ({seeds}, 10,000 images; "
+        f"95 %: {low:.1f} to {high:.1f}; {row.verdict})"
+    )
+    assert told in " ".join(README.split()) and study.n == 10_000
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The report says what the result files say, and nothing that was typed by hand."""
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -233,6 +234,30 @@ def test_sentences_follow_the_verdicts(clone):
     numbers, tables = numbers_of(folder)
     assert numbers["StudySeeds"] == "3 to 4 seeds"
     assert "none is shown to be less robust than Swish" in numbers["StudySwishAnswer"]
+
+
+def test_seeds_of_some_activations_are_told_beside_the_pairs_of_all(clone):
+    """PGD on one seed of each of three, rapid on three seeds of two."""
+    folder, add = clone
+    numbers, _ = numbers_of(folder)
+    assert numbers["SeedsOf"] == "one seed of ReLU, Swish and KAF"
+    assert numbers["SeedsAnswer"] == "no pair is told apart"
+    shutil.rmtree(folder / "models/cifar10_resnet20_kaf_seed0/robustness")
+    add("kaf", 7, 0.30)
+    for path in (folder / "models/cifar10_resnet20_kaf_seed7/robustness").glob("rapid*"):
+        path.unlink()
+    for seed, activation in itertools.product((1, 2), ("relu", "swish")):
+        add(activation, seed, (0.30 if activation == "relu" else 0.40) + 0.005 * seed)
+        for path in (folder / "models").glob(f"*_{activation}_seed{seed}/robustness/pgd*"):
+            path.unlink()
+    numbers, tables = numbers_of(folder)
+    assert (numbers["StudyAttack"], numbers["SeedsAttack"]) == ("PGD-50-10", "rapid")
+    assert numbers["SeedsOf"] == "3 seeds of ReLU and Swish"
+    assert numbers["SeedsAnswer"].startswith("Swish is more robust than ReLU, by +10.0 points (+")
+    assert numbers["SeedsAnswer"].count("than") == 1  # once, though two claims have the pair
+    assert numbers["TestedOver"] == "on the images, one network of each"
+    assert numbers["StudyKafAnswer"].startswith("of 1 kinds")
+    assert tables["means"].count(" & 3 & ") == 2
 
 
 def test_the_study_is_that_of_most_networks(clone):

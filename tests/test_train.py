@@ -709,7 +709,7 @@ def test_histories_with_and_without_the_fast_paths_agree(tmp_path, monkeypatch):
     settings = config(activation="kaf", lr_max=0.05)
     train.train(settings, tmp_path / "fast", verbose=0)
     monkeypatch.setattr(kernel_expansion, "_has_fast_path", lambda x: False)
-    monkeypatch.setattr(train, "fused", lambda network: network)
+    monkeypatch.setattr(train, "fused", lambda network, policy: network)
     train.train(settings, tmp_path / "plain", verbose=0)
     fast, plain = history_of(tmp_path / "fast"), history_of(tmp_path / "plain")
     np.testing.assert_allclose(fast["loss"], plain["loss"], rtol=1e-4)

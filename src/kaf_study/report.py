@@ -19,7 +19,7 @@ from kaf_study import CommandParser, InputError, run_command, tables
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 from kaf_study.cards import COMBINED, shown
 from kaf_study.claims import ALIKE, Study, studies
-from kaf_study.latex import NONE, Report, points, span, tabular
+from kaf_study.latex import NONE, Report, listed, points, span, tabular
 from kaf_study.model_folder import model_labels, trained_models
 from kaf_study.records import read_json, read_results
 from kaf_study.report_tests import paired, verdicts
@@ -64,8 +64,11 @@ def published(report: Report) -> None:
 # --------------------------------------------------------------------------- trained here
 
 
-def main_study(results: pd.DataFrame) -> tuple[str, Study]:
-    """(kind of attack, study) of the most networks; of those, the one of the most images."""
+def main_studies(results: pd.DataFrame) -> list[tuple[str, Study]]:
+    """Two (kind of attack, study), which may be one: of the most networks, and of the most seeds.
+
+    Of as many networks, the one of the most images.
+    """
     found = [
         (kind, study)
         for kind in ("pgd_true", "rapid", "autoattack")
@@ -74,12 +77,18 @@ def main_study(results: pd.DataFrame) -> tuple[str, Study]:
     ]
     if not found:
         raise InputError(f"no {ARCHITECTURE} has results; make them with robustness_eval.py")
-    return max(found, key=lambda pair: (len(pair[1].models), pair[1].n))
+    widest = max(found, key=lambda pair: (activations_of(pair[1]), len(pair[1].models), pair[1].n))
+    deepest = max([widest, *found], key=lambda pair: len(pair[1].models) - activations_of(pair[1]))
+    return [widest, deepest]
+
+
+def activations_of(study: Study) -> int:
+    return len(study.seeds)
 
 
 def trained_here(report: Report, results: pd.DataFrame) -> Study:
     """The networks attacked: their figures, and the tests and verdicts of the main study."""
-    kind, study = main_study(results)
+    (kind, study), (seeds_kind, seeds_study) = main_studies(results)
     table = model_table(results)
     table = table[table["architecture"] == ARCHITECTURE]
     chosen, n = table.attrs["chosen"], table.attrs["n"]
@@ -93,8 +102,12 @@ def trained_here(report: Report, results: pd.DataFrame) -> Study:
     pgd = chosen["pgd_true"]
     report.numbers |= settings(study) | {
         "StudySeeds": in_words(study.seeds.values()),
-        "StudyAttack": pgd_name(pgd) if kind == "pgd_true" else COMBINED[kind],
+        "StudyAttack": COMBINED.get(kind, pgd_name(pgd)),
         "StudyImages": f"{study.n:,}",
+        "SeedsOf": f"{in_words(seeds_study.seeds.values())} of "
+        f"{listed([ACTIVATION_LABELS[name] for name in seeds_study.seeds])}",
+        "SeedsAttack": COMBINED.get(seeds_kind, pgd_name(pgd)),
+        "SeedsImages": f"{seeds_study.n:,}",
         "CleanSpan": span(table["clean_accuracy"]),
         "PgdName": pgd_name(pgd),
         "AttackEpsilon": f"{255 * pgd['epsilon'].iloc[0]:g}/255",
@@ -121,7 +134,7 @@ def trained_here(report: Report, results: pd.DataFrame) -> Study:
     inside = [str(model.folder) for model in study.models]
     first = table[table["folder"].isin(inside)].drop_duplicates("activation")
     paired(report, first.assign(model=first["activation"].map(ACTIVATION_LABELS)), kind, "Study")
-    verdicts(report, study)
+    verdicts(report, seeds_study, answers_all=seeds_study is study)
     return study
 
 

@@ -14,6 +14,7 @@ from kaf_study.cards import shown_claims, shown_means, shown_pairs, told_apart
 from kaf_study.claims import Study, claims_table, means
 from kaf_study.latex import Report, listed, points, span, tabular
 from kaf_study.paired import LEVEL
+from kaf_study.seeds import UNDECIDED
 from kaf_study.tables import paired_tests
 
 MOST_ROBUST, KAFS_ROBUST = "Swish is the most robust", "KAFs are more robust than ReLU"
@@ -64,8 +65,11 @@ def answers(
     }
 
 
-def verdicts(report: Report, study: Study) -> None:
-    """Means and verdicts over seeds; the answers come from these where there are several."""
+def verdicts(report: Report, study: Study, *, answers_all: bool) -> None:
+    """Means and verdicts over seeds.
+
+    Where there are several, the answers come from these, if the study has all activations.
+    """
     averages, claims = means(study), claims_table(study)
     report.tables["means"] = tabular(shown_means(averages))
     cells = shown_claims(claims.assign(why=""))
@@ -94,17 +98,37 @@ def verdicts(report: Report, study: Study) -> None:
             + ", and with them the question of how much of any difference is the activation and "
             "how much the training that happened to be run" * (undecided == len(claims))
         ),
-        "TestedOver": "over seeds and images" if several else "on the images, one network of each",
+        "TestedOver": "over seeds and images"
+        if several and answers_all
+        else "on the images, one network of each",
+        "SeedsAnswer": listed(decided(claims)) or "no pair is told apart",
         "SeedSpread": f"The standard deviation between seeds, pooled over the activations, is "
         f"{sd['clean']} points of clean and {sd['robust']} points of robust accuracy."
         if several
         else "As there is one seed of each activation, the variance between trainings is unknown, "
         "and every verdict over seeds is undecided.",
     }
-    if several:
+    if several and answers_all:
         sure = claims[claims["verdict"] == WORDS[0]]
         seen = {
             "relu": list(sure["first"][sure["claim"] == KAFS_ROBUST]),
             "swish": list(sure["second"][sure["claim"] == MOST_ROBUST]),
         }
         answers(report, "Study", seen, list(study.seeds))
+
+
+def decided(claims: pd.DataFrame) -> list[str]:
+    """Each pair with a verdict, once: "Swish is more robust than ReLU by 1.5 points (0.6 to 2.4)".
+
+    The interval is that of this pair alone, at 95 %.
+    """
+    found = {}
+    for row in claims[claims["verdict"] != UNDECIDED].itertuples():
+        first, second = (ACTIVATION_LABELS[name] for name in (row.first, row.second))
+        verdict = str(row.verdict)
+        joined = f"{verdict} to" if verdict.startswith("equal") else f"{verdict} than"
+        interval = f"{points(row.low)} to {points(row.high)}"
+        found[row.measure, row.first, row.second] = (
+            f"{first} is {joined} {second}, by {points(row.difference)} points ({interval})"
+        )
+    return list(found.values())
