@@ -60,7 +60,9 @@ def test_every_result_is_whole_and_of_the_weights_that_are_there():
     """Reading recounts all figures from the rows (`kaf_study.records`)."""
     results = with_training(read_results(MODELS))
     there = [
-        path for path in MODELS.rglob("robustness/*.json") if path.with_suffix(".csv").exists()
+        path
+        for path in MODELS.rglob("robustness/*.json")
+        if any(path.with_suffix(rows).exists() for rows in (".csv", ".csv.gz"))
     ]
     assert set(results["path"]) == set(map(str, there))
     assert all(training.folder in {m.folder for m in TRAINED} for training in results["training"])
