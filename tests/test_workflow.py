@@ -30,7 +30,7 @@ TINY = {
     "attacks": [{"attack": "pgd", "steps": 1, "restarts": 1, "n": 8}],
     "attacks_on_first_seeds": [],
     "figures": [{"kind": "scatter", "out": "imgs/scatter.png"}],
-    "tables": {"into": "RESULTS.md", "cards": "models/README.md"},
+    "tables": {"folders": "models", "into": "RESULTS.md", "cards": "models/README.md"},
 }
 MARKED = "# Mine\n\n" + "".join(
     f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("table", "paired", "claims", "curvature")
