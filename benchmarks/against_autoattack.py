@@ -27,9 +27,9 @@ MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 def export(folder: Path, file: Path, n: int) -> None:
     """Weights in the order in which the layers were made, images, labels, logits."""
+    import kaf_study  # noqa: F401, I001 - first: it sets what TensorFlow reads
     import keras
 
-    import kaf_study  # noqa: F401
     from kaf_study.datasets import load
 
     model = keras.saving.load_model(folder / "model.keras", compile=False)
@@ -183,17 +183,18 @@ def theirs(file: Path, n: int, names, fab_targets: int, batch_size: int, threads
 
 
 def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
+    import kaf_study  # noqa: F401, I001 - first: it sets what TensorFlow reads
     import keras
 
-    import kaf_study  # noqa: F401
     from kaf_study.attacks.classifier import CompiledClassifier
     from kaf_study.attacks.fab import FAB
     from kaf_study.attacks.registry import AttackSettings
+    from kaf_study.fused_layers import inference_twin
 
     kept = np.load(file)
     model = keras.saving.load_model(Path(str(kept["folder"])) / "model.keras", compile=False)
-    classifier = CompiledClassifier(model, 10, (32, 32, 3))
     x, y = kept["x"][:n], kept["y"][:n].astype("int64")
+    classifier = CompiledClassifier(inference_twin(model, x[:2]), 10, (32, 32, 3))
     right = kept["logits"][:n].argmax(axis=1) == y
     settings = dict(zip(MEMBERS, AttackSettings("autoattack", EPSILON).members, strict=True))
 

@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom in a fresh kernel, at its quick setting."""
 
+import ast
 import os
 from pathlib import Path
 
@@ -57,3 +58,22 @@ def test_all_notebooks_are_listed():
     listed = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
     for path in NOTEBOOKS.glob("*.ipynb"):
         assert f"`{path.name}`" in listed
+
+
+def imported_modules(cell):
+    """Top-level names that a cell imports, in their order."""
+    source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names = [node.module] if isinstance(node, ast.ImportFrom) else names
+        yield from (name.split(".")[0] for name in names)
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_what_tensorflow_reads_is_set_before_it_is_imported(path):
+    """Otherwise processors without AVX-512 go without oneDNN: attacks take twice the time."""
+    cells = code_cells(nbformat.read(path, as_version=4))
+    imported = [name for cell in cells for name in imported_modules(cell)]
+    setting = imported.index("kaf_study")
+    importing = {"keras", "tensorflow", "activationsf", "fbfadvtrain", "kernel_expansion"}
+    assert not importing & set(imported[:setting])
