@@ -12,7 +12,7 @@ from art.attacks.evasion import DeepFool as ArtDeepFool
 from art.attacks.evasion import ProjectedGradientDescent
 from art.estimators.classification import TensorFlowV2Classifier
 
-from kaf_study import InputError
+from kaf_study import InputError, architectures
 from kaf_study.attacks.carlini_wagner import CarliniWagner
 from kaf_study.attacks.classifier import CompiledClassifier, cross_entropy
 from kaf_study.attacks.deepfool import DeepFool
@@ -250,13 +250,23 @@ def test_fallen_images_make_room_for_the_next(classifier, data):
     assert sum(fell for _, fell in settled) == run.fell.sum() > 0
 
 
-def test_batches_have_few_shapes_and_little_padding():
+@pytest.mark.parametrize("is_compiled, shapes, most", [(True, 7, 1 / 2), (False, 32, 1 / 32)])
+def test_batches_have_few_shapes_and_little_padding(is_compiled, shapes, most):
+    size_for = functools.partial(padded_size, is_compiled=is_compiled)
     for batch_size in (128, 100, 9, 1):
-        sizes = {count: padded_size(count, batch_size) for count in range(1, batch_size + 1)}
-        assert len(set(sizes.values())) <= 7
-        for count, size in sizes.items():  # a third of padding, or an eighth of the batch
-            assert count <= size <= min(batch_size, max(1.5 * count, batch_size / 8))
-    assert (padded_size(17, 128), padded_size(67, 128)) == (24, 96)
+        sizes = {count: size_for(count, batch_size) for count in range(1, batch_size + 1)}
+        assert len(set(sizes.values())) <= shapes
+        for count, size in sizes.items():
+            padding = max(count if is_compiled else batch_size, 1) * most
+            smallest = batch_size / 8 if is_compiled else 1
+            assert count <= size <= min(batch_size, max(count + padding, smallest))
+    assert (size_for(17, 128), size_for(67, 128)) == ((24, 96) if is_compiled else (20, 68))
+
+
+@pytest.mark.parametrize("activation, is_compiled", [("kaf", True), ("swish", False)])
+def test_models_with_kafs_are_compiled_for_each_batch_size(activation, is_compiled):
+    model = architectures.resnet(activation, 8, (8, 8, 3), 4)
+    assert CompiledClassifier(model, 4, (8, 8, 3)).is_compiled_by_shape == is_compiled
 
 
 def test_random_start_is_named_by_seed_image_and_restart():

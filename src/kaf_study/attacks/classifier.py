@@ -5,6 +5,7 @@ forward pass, the logits: they tell which images have fallen without a predictio
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import tensorflow as tf
@@ -50,6 +51,12 @@ class CompiledClassifier:
             return tf.cast(model(x, training=False), tf.float32)
 
         self._logits = logits
+
+    @cached_property
+    def is_compiled_by_shape(self) -> bool:
+        """Whether XLA compiles some of the model, as it does KAFs: anew for each batch size."""
+        graph = self._logits.get_concrete_function().graph.as_graph_def()
+        return any("_XlaMustCompile" in function.attr for function in graph.library.function)
 
     def predict(self, x: np.ndarray, batch_size: int = 128) -> np.ndarray:
         """Logits (N, classes) of images (N, H, W, C), `batch_size` at a time."""

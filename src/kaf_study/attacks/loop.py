@@ -105,7 +105,7 @@ class BatchAttack:
                 new = waiting.pop()
                 state = _joined(state, self.begin(x[new], y[new], images[new], restart, seed))
                 at = np.append(at, new)
-            logits, found = self._look_padded(state, padded_size(len(at), batch_size))
+            logits, found = self._look_padded(state, batch_size)
             predictions = logits.argmax(axis=-1)
 
             last = run.iterations[at] == self.steps
@@ -123,9 +123,10 @@ class BatchAttack:
                 progress(settled + int(skipped.sum()), int(fell.sum()))
         return run
 
-    def _look_padded(self, state, size):
-        """`look` at a pool lengthened to `size` by repeating its first image."""
+    def _look_padded(self, state, batch_size):
+        """`look` at a pool lengthened to its `padded_size` by repeating its first image."""
         count = len(state["x"])
+        size = padded_size(count, batch_size, is_compiled=self.classifier.is_compiled_by_shape)
         padded = np.append(np.arange(count), np.zeros(size - count, int))
         logits, found = self.look(_some(state, padded) if size > count else state)
         if not np.all(np.isfinite(logits)):
@@ -153,12 +154,14 @@ def _joined(state, new):
     return {name: np.concatenate([state[name], new[name]]) for name in new} if state else new
 
 
-def padded_size(count: int, batch_size: int) -> int:
-    """The batch shape for `count` images: `batch_size`, or 2, 3, 4, 6, 8 or 12 16ths of it.
+def padded_size(count: int, batch_size: int, *, is_compiled: bool) -> int:
+    """The batch shape for `count` images: 2, 3, 4, 6, 8, 12 or 16 16ths of `batch_size`.
 
-    Shapes are few, because a layer that XLA compiles is compiled anew for each.
+    Shapes are few, because a layer that XLA compiles is compiled anew for each. Where it compiles
+    none (not `is_compiled`), any 32nds: oneDNN prepares a convolution for each shape, but quickly.
     """
-    sizes = (max(1, batch_size * part // 16) for part in (2, 3, 4, 6, 8, 12, 16))
+    parts = (4, 6, 8, 12, 16, 24, 32) if is_compiled else range(1, 33)
+    sizes = (max(1, batch_size * part // 32) for part in parts)
     return next(size for size in sizes if size >= count)
 
 
