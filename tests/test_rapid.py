@@ -64,6 +64,14 @@ def test_the_long_look_is_for_images_that_came_near():
         assert state_after(attack, x, losses[:k])[1] is None
 
 
+def test_what_was_taken_away_is_counted_from_the_first_point():
+    attack = TwoLooks(linear(np.ones((PIXELS, CLASSES))), epsilon=EPSILON, steps=LONG)
+    losses = np.full((SHORT, 2), -0.15)
+    losses[0] = [-2.0, -0.2]  # 1.85 and 0.05 taken away, 0.15 left of either
+    _, left_out, _ = state_after(attack, np.full((2, *SHAPE), 0.5, "float32"), losses)
+    np.testing.assert_array_equal(left_out, [0, attack.steps - SHORT])
+
+
 @pytest.mark.parametrize("best", [0, 3, SHORT - 1, SHORT])
 def test_the_long_look_begins_afresh_at_the_best_point(best):
     attack = TwoLooks(linear(np.ones((PIXELS, CLASSES))), epsilon=EPSILON, steps=LONG)
@@ -86,6 +94,22 @@ def test_as_many_gradients_as_looks(problem):
         before = classifier.gradient_calls
         assert not attack_all(attack, x[one], y[one], batch_size=1).fell.any()
         assert classifier.gradient_calls - before == SHORT + 1  # points 0 to SHORT
+
+
+def test_a_long_look_takes_its_steps(problem):
+    """A radius at which one image stands by a twentieth of what is taken away: near, in vain."""
+    classifier, x, y, left = problem
+    image = np.flatnonzero(left > 0)[:1]
+    logits = classifier.predict(x[image])
+    other = np.argsort(logits[0])[-2]
+    loss_gradient = classifier.class_gradients(x[image], np.array([[other, y[image][0]]]))[0]
+    slope = np.abs(loss_gradient[0] - loss_gradient[1]).sum()
+    margin = logits[0, y[image][0]] - logits[0, other]
+    attack = TwoLooks(classifier, epsilon=margin / (1.05 * slope), steps=LONG)
+    before = classifier.gradient_calls
+    assert not attack_all(attack, x[image], y[image], batch_size=1).fell.any()
+    # The last point of the short look, then the first of the long one and one for each step
+    assert classifier.gradient_calls - before == SHORT + 1 + 1 + LONG
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
