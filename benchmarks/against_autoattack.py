@@ -9,11 +9,13 @@
 same network in PyTorch (an environment with torch and pyautoattack, the authors' package) and runs
 the members of standard AutoAttack, each on what the ones before left standing; `ours` does the same
 here. Both write FILE.theirs.npz or FILE.ours.npz: by which member each image fell, and seconds.
+`compare` puts into against_autoattack.json what of it agrees.
 With `--fab-norms TARGETS`, FAB-T runs alone instead, on all images that are right when clean, and
 its smallest perturbation towards each of so many targets is kept.
 """
 
 import argparse
+import json
 import os
 import re
 import time
@@ -229,25 +231,66 @@ def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
         np.savez(file.with_suffix(".ours.npz"), norms=together, index=index, seconds=seconds)
 
 
-def compare(file: Path) -> None:
+def compare(file: Path, into: Path) -> None:
+    """Prints what agrees, and puts it under the model's name into the JSON file `into`."""
+    kept = np.load(file)
     ours, theirs = (np.load(file.with_suffix(f".{side}.npz")) for side in ("ours", "theirs"))
-    ratios = np.atleast_1d(ours["seconds"] / theirs["seconds"]).round(2)
-    print(f"seconds, ours / theirs: {ratios}")
+    seconds = {
+        side: np.atleast_1d(d["seconds"]).round(1).tolist() for side, d in sides(ours, theirs)
+    }
     if "felled_by" in ours:
-        a, b = ours["felled_by"], theirs["felled_by"]
-        print(f"{len(a)} images, the same verdict on {((a == '') == (b == '')).sum()}")
-        for i in np.flatnonzero((a == "") != (b == "")):
-            print(f"image {i}: {a[i] or 'stands'} here, {b[i] or 'stands'} there")
-        return
-    index, a, b = ours["index"], ours["norms"], theirs["norms"]
-    both, either = np.isfinite(a) & np.isfinite(b), np.isfinite(a) | np.isfinite(b)
-    print(f"perturbations found by both {both.sum()}, by one side {(either & ~both).sum()}")
-    print("ours / theirs, quantiles 0, 5, 50, 95, 100 %:")
-    print(np.quantile(a[both] / b[both], (0, 0.05, 0.5, 0.95, 1)).round(4))
-    differ = (a <= EPSILON) != (b <= EPSILON)
-    print(f"within epsilon on one side only: {differ.sum()} of {differ.size}")
-    for t, i in np.argwhere(differ):
-        print(f"target {t + 1}, image {index[i]}: {a[t, i] * 255:.3f}, {b[t, i] * 255:.3f} / 255")
+        of, found = "verdicts", of_verdicts(kept, ours["felled_by"], theirs["felled_by"])
+    else:
+        index, a, b = ours["index"], ours["norms"], theirs["norms"]
+        of, found = "perturbations of fab-t", of_norms(index, a, b)
+    found |= {"seconds": seconds, "date": time.strftime("%Y-%m-%d")}
+    records = json.loads(into.read_text()) if into.exists() else {}
+    records.setdefault(Path(str(kept["folder"])).name, {})[of] = found
+    into.write_text(json.dumps(records, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def sides(ours, theirs):
+    return ("ours", ours), ("theirs", theirs)
+
+
+def of_verdicts(kept, ours, theirs) -> dict:
+    """Which of N images stand, and how many fell to whom, here and there.
+
+    differ: {image: [by whom here, by whom there]}.
+    """
+    right = kept["logits"][: len(ours)].argmax(axis=1) == kept["y"][: len(ours)]
+    differ = np.flatnonzero((ours == "") != (theirs == ""))
+    return {
+        "images": len(ours),
+        "right when clean": int(right.sum()),
+        "stand": {
+            s: " ".join(map(str, np.flatnonzero(right & (d == "")))) for s, d in sides(ours, theirs)
+        },
+        "felled by": {
+            member: [int((side == member).sum()) for side in (ours, theirs)] for member in MEMBERS
+        },
+        "same verdict": int(len(ours) - len(differ)),
+        "differ": {int(i): [ours[i], theirs[i]] for i in differ},
+    }
+
+
+def of_norms(index, ours, theirs) -> dict:
+    """Smallest perturbations (targets, N) of FAB, inf where none was found."""
+    both = np.isfinite(ours) & np.isfinite(theirs)
+    differ = (ours <= EPSILON) != (theirs <= EPSILON)
+    ratios = np.quantile(ours[both] / theirs[both], (0, 0.05, 0.5, 0.95, 1))
+    return {
+        "targets": len(ours),
+        "images": len(index),
+        "found by both": int(both.sum()),
+        "found by one": int((np.isfinite(ours) != np.isfinite(theirs)).sum()),
+        "ours / theirs, quantiles 0, 5, 50, 95, 100 %": ratios.round(4).tolist(),
+        "within epsilon on one side only": [
+            [int(t) + 1, int(index[i]), *(round(255 * float(d[t, i]), 3) for d in (ours, theirs))]
+            for t, i in np.argwhere(differ)
+        ],
+    }
 
 
 def main() -> None:
@@ -258,6 +301,7 @@ def main() -> None:
     parser.add_argument("--members", nargs="+", default=MEMBERS, choices=MEMBERS)
     parser.add_argument("--fab-norms", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--into", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch")
     given = parser.parse_args()
     match given.what:
@@ -275,7 +319,7 @@ def main() -> None:
         case "ours":
             ours(*given.paths, given.n, given.members, given.fab_norms, given.batch_size)
         case "compare":
-            compare(*given.paths)
+            compare(*given.paths, given.into)
 
 
 if __name__ == "__main__":

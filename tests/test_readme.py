@@ -1,11 +1,14 @@
 """What README and RESULTS show is so: Python runs, figures are those of the result files."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from kaf_study import compare, mechanism
@@ -113,6 +116,34 @@ def test_the_answer_over_seeds_is_that_of_the_result_files():
         f"95 %: {low:.1f} to {high:.1f}; {row.verdict})"
     )
     assert told in " ".join(README.split()) and study.n == 10_000
+
+
+def test_what_the_attacks_were_held_against_is_told_as_it_is_kept():
+    told = (ROOT / "src/kaf_study/attacks/README.md").read_text(encoding="utf-8")
+    told = " ".join(told.split())
+    kept = json.loads((ROOT / "benchmarks/against_autoattack.json").read_text())
+    ((name, of_network),) = kept.items()
+    verdicts = of_network["verdicts"]
+    n, standing = verdicts["images"], verdicts["stand"]["ours"].split()
+    rapid = is_robust(name, "rapid-true-n10000.csv.gz")
+    same = int((rapid[:n] == np.isin(np.arange(n), np.array(standing, int))).sum())
+    assert f"the first {n} test images of a JPEG copy of CIFAR-10, `{name}`" in told
+    assert f"the same verdict on {verdicts['same verdict']} of {n}, {len(standing)} stand." in told
+    assert f"`rapid` gives the same verdict on {same} of these {n}." in told
+    for network in (name, "cifar10_resnet20_relu_seed0"):
+        rapid, suite = (
+            is_robust(network, f"{stem}.csv{packed}")[:500]
+            for stem, packed in (("rapid-true-n10000", ".gz"), ("suite-true-n500", ""))
+        )
+        assert not (rapid & ~suite).any()
+        assert f"on {(suite & ~rapid).sum()} (`{network}`" in told
+
+
+def is_robust(network, file):
+    """(N,) bool, of a result file."""
+    rows = pd.read_csv(ROOT / "models" / network / "robustness" / file)
+    is_right = rows[["clean_prediction", "adversarial_prediction"]].eq(rows["label"], axis=0)
+    return is_right.all(axis=1).to_numpy()
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,8 @@ def clone(tmp_path):
     """Result files of three activations: a function that adds a network, and the folder."""
     shutil.copytree(ROOT / "pilots", tmp_path / "pilots")
     (tmp_path / "benchmarks").mkdir()
-    shutil.copy(ROOT / "benchmarks/results.json", tmp_path / "benchmarks")
+    for name in ("results.json", "against_autoattack.json"):
+        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
 
     def outcome(robust, settings, model):
         stands = np.arange(N) < robust * N

@@ -27,6 +27,7 @@ from kaf_study.report_trainings import (
     cost,
     curvature_by_epoch,
     first_rate,
+    held,
     mechanism,
     over_seeds,
     pilots,
@@ -248,6 +249,7 @@ def reported(root: Path) -> Report:
     curvature_by_epoch(report, alike)
     pilots(report, trained_models(root / "pilots"))
     cost(report, root / "benchmarks" / "results.json")
+    held(report, root / "benchmarks" / "against_autoattack.json")
     return report
 
 

@@ -165,3 +165,15 @@ def cost(report: Report, path: Path) -> None:
         rows["median"].append(report.numbers[macro])
         rows["quartiles"].append(" to ".join(f"{end:.3g}" for end in value["quartiles"]))
     report.tables["cost"] = tabular(rows)
+
+
+def held(report: Report, path: Path) -> None:
+    """What AutoAttack as written here was held against, of benchmarks/against_autoattack.py."""
+    verdicts = [
+        network["verdicts"] for network in read_json(path).values() if "verdicts" in network
+    ]
+    for macro, key in (("HeldImages", "images"), ("HeldSame", "same verdict")):
+        report.numbers[macro] = f"{sum(found[key] for found in verdicts):,}"
+    report.numbers["HeldNetworks"] = (
+        "one network" if len(verdicts) == 1 else f"{len(verdicts)} networks"
+    )
