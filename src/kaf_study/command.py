@@ -81,7 +81,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
         "--save-examples", type=int, metavar="K", help="draw the first K fallen images (.png)"
     )
     results.add_argument(
-        "--save-adversarial", action="store_true", help="keep the attacked images (.npz)"
+        "--save-adversarial",
+        action="store_true",
+        help="keep what the attack added to the images (.npz)",
     )
     results.add_argument("--force", action="store_true", help="repeat finished evaluations")
     return parser.parse_args(_joined(sys.argv[1:] if argv is None else argv))
@@ -241,7 +243,7 @@ def run(arguments: Namespace) -> str:
                     )
                 summaries.append(result.summary)
                 if arguments.save_adversarial:
-                    print(evaluation.save_adversarial(result, folder))
+                    print(evaluation.save_adversarial(result, images.x, folder))
                 if arguments.save_examples:
                     print(save_examples(model, images, result, folder, arguments.save_examples))
     return records.results_table(summaries)
