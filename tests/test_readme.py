@@ -137,6 +137,11 @@ def test_what_the_attacks_were_held_against_is_told_as_it_is_kept():
         )
         assert not (rapid & ~suite).any()
         assert f"on {(suite & ~rapid).sum()} (`{network}`" in told
+    # the last of the two
+    autoattack = is_robust(network, "autoattack-true-n500.csv")
+    np.testing.assert_array_equal(autoattack, suite)
+    of_it = f"`{network}` `autoattack` leaves {autoattack.sum()}, as `suite` does"
+    assert f"{of_it}, and `rapid` {(rapid & autoattack).sum()}." in told
 
 
 def is_robust(network, file):
