@@ -125,7 +125,7 @@ def trained_here(report: Report, results: pd.DataFrame) -> Study:
         "SuiteBelowPgd": span(tables.below_pgd(chosen, "suite")),
     }
     report.numbers["StrongerAttacks"] = " ".join(
-        f"Under {COMBINED[kind]}, {count} networks stand at {span(table[kind])} % of {n[kind]:,} "
+        f"Under {COMBINED[kind]}, {networks(count)} at {span(table[kind])} % of {n[kind]:,} "
         f"images, {span(below)} points below PGD on the images that both attacked."
         for kind in COMBINED
         if (count := int(table.get(kind, pd.Series()).notna().sum()))
@@ -168,6 +168,10 @@ def last_month(results: pd.DataFrame) -> str:
     summaries = [read_json(Path(path)) for path in results["path"]]
     dates = [pd.Timestamp(summary["date"]) for summary in summaries if "date" in summary]
     return f"{max(dates):%B %Y}" if dates else NONE
+
+
+def networks(count: int) -> str:
+    return "one network stands" if count == 1 else f"{count} networks stand"
 
 
 def in_words(counts: Iterable[int]) -> str:
