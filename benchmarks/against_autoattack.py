@@ -235,23 +235,21 @@ def compare(file: Path, into: Path) -> None:
     """Prints what agrees, and puts it under the model's name into the JSON file `into`."""
     kept = np.load(file)
     ours, theirs = (np.load(file.with_suffix(f".{side}.npz")) for side in ("ours", "theirs"))
-    seconds = {
-        side: np.atleast_1d(d["seconds"]).round(1).tolist() for side, d in sides(ours, theirs)
-    }
     if "felled_by" in ours:
         of, found = "verdicts", of_verdicts(kept, ours["felled_by"], theirs["felled_by"])
     else:
         index, a, b = ours["index"], ours["norms"], theirs["norms"]
         of, found = "perturbations of fab-t", of_norms(index, a, b)
-    found |= {"seconds": seconds, "date": time.strftime("%Y-%m-%d")}
+    seconds = [np.atleast_1d(side["seconds"]).round(1).tolist() for side in (ours, theirs)]
+    found |= {"seconds": by_side(*seconds), "date": time.strftime("%Y-%m-%d")}
     records = json.loads(into.read_text()) if into.exists() else {}
     records.setdefault(Path(str(kept["folder"])).name, {})[of] = found
     into.write_text(json.dumps(records, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 
-def sides(ours, theirs):
-    return ("ours", ours), ("theirs", theirs)
+def by_side(ours, theirs) -> dict:
+    return {"ours": ours, "theirs": theirs}
 
 
 def of_verdicts(kept, ours, theirs) -> dict:
@@ -264,9 +262,9 @@ def of_verdicts(kept, ours, theirs) -> dict:
     return {
         "images": len(ours),
         "right when clean": int(right.sum()),
-        "stand": {
-            s: " ".join(map(str, np.flatnonzero(right & (d == "")))) for s, d in sides(ours, theirs)
-        },
+        "stand": by_side(
+            *(" ".join(map(str, np.flatnonzero(right & (d == "")))) for d in (ours, theirs))
+        ),
         "felled by": {
             member: [int((side == member).sum()) for side in (ours, theirs)] for member in MEMBERS
         },

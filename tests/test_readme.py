@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from kaf_study import compare, mechanism
 from kaf_study.activations import STUDIED
 from kaf_study.cards import shown
 from kaf_study.claims import claims_table, studies
-from kaf_study.records import read_results
+from kaf_study.records import Evaluation, read_results
 from kaf_study.report import in_words
 from kaf_study.tables import model_table
 
@@ -125,30 +124,27 @@ def test_what_the_attacks_were_held_against_is_told_as_it_is_kept():
     ((name, of_network),) = kept.items()
     verdicts = of_network["verdicts"]
     n, standing = verdicts["images"], verdicts["stand"]["ours"].split()
-    rapid = is_robust(name, "rapid-true-n10000.csv.gz")
+    rapid = is_robust(name, "rapid-true-n10000")
     same = int((rapid[:n] == np.isin(np.arange(n), np.array(standing, int))).sum())
     assert f"the first {n} test images of a JPEG copy of CIFAR-10, `{name}`" in told
     assert f"the same verdict on {verdicts['same verdict']} of {n}, {len(standing)} stand." in told
     assert f"`rapid` gives the same verdict on {same} of these {n}." in told
     for network in (name, "cifar10_resnet20_relu_seed0"):
-        rapid, suite = (
-            is_robust(network, f"{stem}.csv{packed}")[:500]
-            for stem, packed in (("rapid-true-n10000", ".gz"), ("suite-true-n500", ""))
-        )
+        rapid = is_robust(network, "rapid-true-n10000")[:500]
+        suite = is_robust(network, "suite-true-n500")
         assert not (rapid & ~suite).any()
         assert f"on {(suite & ~rapid).sum()} (`{network}`" in told
     # the last of the two
-    autoattack = is_robust(network, "autoattack-true-n500.csv")
+    autoattack = is_robust(network, "autoattack-true-n500")
     np.testing.assert_array_equal(autoattack, suite)
     of_it = f"`{network}` `autoattack` leaves {autoattack.sum()}, as `suite` does"
     assert f"{of_it}, and `rapid` {(rapid & autoattack).sum()}." in told
 
 
-def is_robust(network, file):
-    """(N,) bool, of a result file."""
-    rows = pd.read_csv(ROOT / "models" / network / "robustness" / file)
-    is_right = rows[["clean_prediction", "adversarial_prediction"]].eq(rows["label"], axis=0)
-    return is_right.all(axis=1).to_numpy()
+def is_robust(network, stem):
+    """(N,) bool, of a result."""
+    path = ROOT / "models" / network / "robustness" / f"{stem}.json"
+    return Evaluation.read(path).is_robust.to_numpy()
 
 
 @pytest.mark.parametrize(
