@@ -45,7 +45,7 @@ report: export SOURCE_DATE_EPOCH := 0
 report: venv ## thesis/report.pdf from the result files (needs latexmk and TeX Live)
 	$(RUN) -m kaf_study.report
 	$(RUN) -m kaf_study.figures curves models/cifar10_resnet20_*_seed0 --out imgs/curves_resnet20.pdf
-	$(RUN) -m kaf_study.figures scatter models/cifar10_resnet20_* --protocol pgd-50-10-true --out imgs/rob_acc_resnet20.pdf
+	$(RUN) -m kaf_study.figures seeds models/cifar10_resnet20_* --out imgs/seeds_resnet20.pdf
 	$(RUN) -m kaf_study.figures shapes models/cifar10_resnet20_kaf*_seed0 --out imgs/kaf_shapes_resnet20.pdf
 	$(RUN) -m kaf_study.figures curvature models/cifar10_resnet20_* --out imgs/curvature_resnet20.pdf
 	cd thesis && latexmk -pdf -interaction=nonstopmode -halt-on-error report.tex

@@ -4,12 +4,16 @@ import itertools
 import json
 import shutil
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 from fabricated import result
 
-from kaf_study import InputError, compare
+from kaf_study import InputError, compare, figures
 from kaf_study.activations import STUDIED
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.cards import shown_verdicts
@@ -182,6 +186,63 @@ def test_compare_shows_claims_of_several_seeds(models, tmp_path, capsys):
     assert "standard deviation: clean 0.06, robust 0.10 points" in printed
     saved = pd.read_csv(tmp_path / "out" / "claims.csv")
     assert set(saved["verdict"]) == {"more robust", "equal within 1 point"}
+
+
+def test_the_answer_has_means_with_intervals_and_what_was_published(models, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("Before\n<!-- answer -->\nold\n<!-- /answer -->\nAfter\n")
+    assert compare.main([str(models), "--answer", str(readme)]) == 0
+    head, _, *rows = readme.read_text().split("<!-- ")[1].splitlines()[1:]
+    assert head == "| activation | seeds | clean, % | robust, % | published: clean / robust* |"
+    assert [row.split(" | ")[0] for row in rows] == ["| ReLU", "| Swish", "| KAF"]
+    (study,) = studies(read_results(models))
+    relu = means(study).set_index("activation").loc["relu"]
+    low, high = 100 * relu["robust_low"], 100 * relu["robust_high"]
+    assert rows[0].startswith("| ReLU | 3 | 70.0 (")
+    assert rows[0].endswith(f" | 40.1 ({low:.1f} to {high:.1f}) | 77.52 / 50.17 |")
+    assert readme.read_text().startswith("Before\n") and "old" not in readme.read_text()
+
+    single = [str(models / f"net_{name}_seed0") for name in ("relu", "swish")]
+    assert compare.main([*single, "--answer", str(readme)]) == 0
+    assert "| ReLU | 1 | 70.0 (–) | 40.0 (–) | 77.52 / 50.17 |" in readme.read_text()
+    for name in ("relu", "swish"):
+        (models / f"net_{name}_seed0" / "training.json").unlink()
+    assert compare.main([*single, "--answer", str(readme)]) == 2
+    assert "training.json" in capsys.readouterr().err
+
+
+def test_figure_over_seeds_shows_trainings_means_and_intervals(models):
+    (study,) = studies(read_results(models))
+    clean, robust = figures.accuracies_over_seeds(study, "PGD").axes
+    assert [tick.get_text() for tick in clean.get_yticklabels()] == [
+        f"{name}, 3 seeds" for name in ("ReLU", "Swish", "KAF")
+    ]
+    table = means(study).set_index("activation")
+    drawn = {
+        (marker, name): 100 * np.array(values)
+        for name, row in table.iterrows()
+        for marker, values in (
+            ("d" if name != "kaf" else "P", [row["robust"]]),
+            ("None", [row["robust_low"], row["robust_high"]]),
+            (".", np.sort(study.results["robust"][name].mean(axis=1))),
+        )
+    }
+    lines = {(line.get_marker(), line.get_color()): line.get_xdata() for line in robust.lines}
+    assert len(lines) == len(robust.lines) == len(drawn)
+    for (marker, name), values in drawn.items():
+        found = lines[marker, STUDIED[name].color]
+        np.testing.assert_allclose(np.sort(found), values)
+    plt.close("all")
+
+
+def test_figure_of_single_seeds_has_no_intervals(tmp_path):
+    for activation, standing in (("relu", 300), ("swish", 500)):
+        add_network(tmp_path, activation, 0, range(standing))
+    (study,) = studies(read_results(tmp_path))
+    axes = figures.accuracies_over_seeds(study, "PGD").axes
+    assert [len(ax.lines) for ax in axes] == [2, 2]
+    assert axes[0].get_yticklabels()[0].get_text() == "ReLU, 1 seed"
+    plt.close("all")
 
 
 def test_claims_are_of_rapid_where_pgd_has_one_seed_of_each(tmp_path, capsys):

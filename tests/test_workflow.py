@@ -30,10 +30,16 @@ TINY = {
     "attacks": [{"attack": "pgd", "steps": 1, "restarts": 1, "n": 8}],
     "attacks_on_first_seeds": [],
     "figures": [{"kind": "scatter", "out": "imgs/scatter.png"}],
-    "tables": {"folders": "models", "into": "RESULTS.md", "cards": "models/README.md"},
+    "tables": {
+        "folders": "models",
+        "into": "RESULTS.md",
+        "answer": "RESULTS.md",
+        "cards": "models/README.md",
+    },
 }
 MARKED = "# Mine\n\n" + "".join(
-    f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("table", "paired", "claims", "curvature")
+    f"<!-- {name} -->\n<!-- /{name} -->\n"
+    for name in ("table", "paired", "claims", "answer", "curvature")
 )
 
 

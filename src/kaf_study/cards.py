@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from kaf_study import InputError
-from kaf_study.activations import ACTIVATION_LABELS
+from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 from kaf_study.claims import MEASURES, Study
 from kaf_study.files import write_atomically
 from kaf_study.model_folder import DATASET_LABELS, TrainedModel, trained_models
@@ -165,6 +165,27 @@ def shown_means(table: pd.DataFrame) -> dict[str, list[str]]:
         cells[f"{measure}, mean"] = [f"{100 * value:.1f}" for value in table[measure]]
         cells[f"{measure}, 95 %"] = _intervals(table[f"{measure}_low"], table[f"{measure}_high"])
     return cells
+
+
+def shown_answer(table: pd.DataFrame, architecture: str) -> dict[str, list[str]]:
+    """The same on one screen: 95 % intervals in brackets, and what was published.
+
+    Args:
+        table: of `claims.means`. architecture: of the study.
+    """
+    cells = shown_means(table)
+    answer = {name: cells[name] for name in ("activation", "seeds")}
+    for measure in MEASURES:
+        pairs = zip(cells[f"{measure}, mean"], cells[f"{measure}, 95 %"], strict=True)
+        answer[f"{measure}, %"] = [f"{mean} ({interval})" for mean, interval in pairs]
+    published = [
+        STUDIED[name].published.get(architecture) if name in STUDIED else None
+        for name in table["activation"]
+    ]
+    answer["published: clean / robust*"] = [
+        f"{100 * both[0]:.2f} / {100 * both[1]:.2f}" if both else "–" for both in published
+    ]
+    return answer
 
 
 def shown_claims(table: pd.DataFrame) -> dict[str, list[str]]:

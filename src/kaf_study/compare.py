@@ -27,6 +27,7 @@ from kaf_study.cards import (
     notes,
     put_table_into,
     shown,
+    shown_answer,
     shown_claims,
     shown_means,
     shown_pairs,
@@ -60,6 +61,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         "--into",
         metavar="RESULTS.md",
         help="rewrites its <!-- table -->, <!-- paired --> and, of several seeds, <!-- claims -->",
+    )
+    parser.add_argument(
+        "--answer", metavar="README.md", help="rewrites its <!-- answer -->: means over seeds"
     )
     parser.add_argument("--cards", metavar="FILE.md", help="writes model cards")
     return parser.parse_args(argv)
@@ -104,6 +108,9 @@ def run(arguments: Namespace) -> None:
             put_table_into(arguments.into, markdown_pairs(*tests), "paired")
         if studied:
             put_table_into(arguments.into, markdown_of(studied), "claims")
+    if arguments.answer:
+        found = [one.study for one in studied] or studies(results, kind)
+        put_table_into(arguments.answer, answer(found), "answer")
     if arguments.cards:
         make_writable(Path(arguments.cards).parent)
         write_atomically(Path(arguments.cards), model_cards(results, *arguments.folders).encode())
@@ -147,6 +154,14 @@ def markdown_of(studied: list[StudyTables]) -> str:
     if len(studied) > 1:
         parts.append(markdown(shown_verdicts({one.title: one.claims for one in studied})))
     return "\n\n".join(parts)
+
+
+def answer(found: list[Study]) -> str:
+    """Of the study with most networks."""
+    if not found:
+        raise InputError("--answer needs models trained here, with their training.json")
+    largest = max(found, key=lambda study: len(study.models))
+    return markdown(shown_answer(means(largest), largest.architecture))
 
 
 def write(

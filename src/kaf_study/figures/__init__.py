@@ -1,5 +1,6 @@
 """Every plot of the study, by subject, each drawn from result files or a model.
 
+    python -m kaf_study.figures seeds models/* --out imgs/seeds.png
     python -m kaf_study.figures scatter models/* --out imgs/scatter.png
     python -m kaf_study.figures perturbations models/* --out imgs/perturbations.png
     python -m kaf_study.figures curves models/* --out imgs/curves.png
@@ -31,11 +32,13 @@ from kaf_study.figures.results import (
     smallest_perturbations,
     survival_curves,
 )
+from kaf_study.figures.seeds import accuracies_over_seeds
 from kaf_study.figures.style import Line, common_training, save, shared_legend
 from kaf_study.figures.training import training_curves, training_steps
 
 __all__ = [
     "Line",
+    "accuracies_over_seeds",
     "accuracy_robustness_scatter",
     "activation_histograms",
     "adversarial_examples",

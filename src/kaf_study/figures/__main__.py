@@ -10,9 +10,12 @@ from matplotlib.figure import Figure, SubFigure
 
 from kaf_study import CommandParser, InputError, run_command
 from kaf_study.activations import is_kaf
+from kaf_study.cards import COMBINED
+from kaf_study.claims import Study, studies
 from kaf_study.figures.insights import curvature_and_robustness
 from kaf_study.figures.kafs import initial_network, kaf_shapes, kaf_shapes_side_by_side
 from kaf_study.figures.results import accuracy_robustness_scatter, smallest_perturbations
+from kaf_study.figures.seeds import accuracies_over_seeds
 from kaf_study.figures.style import Line, common_training, save
 from kaf_study.figures.training import training_curves
 from kaf_study.mechanism import curvature_table
@@ -27,6 +30,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in (
+        ("seeds", "clean and robust accuracy over seeds, with intervals"),
         ("scatter", "clean against robust accuracy"),
         ("perturbations", "images that stand, by the smallest perturbation found (deepfool)"),
         ("curves", "loss and probe accuracies by epoch"),
@@ -40,6 +44,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
             command.add_argument("--labels", choices=("true", "predicted"), default="true")
         if name in ("scatter", "perturbations"):
             command.add_argument("--protocol", help="name of the result files: pgd-50-10-true")
+        if name == "seeds":
+            command.add_argument("--attack", choices=("pgd", *COMBINED), default="rapid")
         if name == "shapes":
             command.add_argument("--channels", type=int, default=6, help="drawn per layer (6)")
     return parser.parse_args(argv)
@@ -60,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def drawn(arguments: Namespace) -> Figure | SubFigure:
     """The figure that was asked for."""
     models = trained_models(*arguments.folders)  # also says if something is not a folder
+    if arguments.command == "seeds":
+        name = COMBINED.get(arguments.attack, "PGD")
+        return accuracies_over_seeds(_one_study(arguments), name)
     if arguments.command == "scatter":
         results = read_results(*arguments.folders)
         ax = accuracy_robustness_scatter(results, arguments.labels, protocol=arguments.protocol)
@@ -73,6 +82,17 @@ def drawn(arguments: Namespace) -> Figure | SubFigure:
         measured = [model for model in models if model.curvature]
         return curvature_and_robustness(curvature_table(models), common_training(measured))
     return _shapes(models, arguments.channels)
+
+
+def _one_study(arguments: Namespace) -> Study:
+    kind = "pgd_true" if arguments.attack == "pgd" else arguments.attack
+    found = studies(read_results(*arguments.folders), kind)
+    if len(found) != 1:
+        raise InputError(
+            f"expected networks that were trained alike and attacked by {arguments.attack}, got "
+            f"{len(found)} groups of such; name their folders (models/cifar10_resnet20_*, say)"
+        )
+    return found[0]
 
 
 def _curves(models: list[TrainedModel]) -> Figure:
