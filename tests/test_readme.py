@@ -100,31 +100,34 @@ def test_the_answer_over_seeds_is_that_of_the_result_files():
     found = studies(read_results(ROOT / "models"), "rapid")
     (study,) = [one for one in found if max(one.seeds.values()) > 1]
     table = claims_table(study).set_index(["claim", "first", "second"])
-
-    def interval(row):
-        low, high = 100 * row[["low", "high"]]
-        corrected = re.match("not (after the correction for .*)", row["why"])
-        said = f"undecided {corrected[1]}" if corrected else row["verdict"]
-        return f"95 %: {low:.1f} to {high:.1f}; {said}"
-
-    row = table.loc["Swish is the most robust", "swish", "relu"]
-    seeds = in_words([study.seeds["swish"], study.seeds["relu"]])
-    told = (
-        f"Swish stands {100 * row['difference']:.1f} points above ReLU ({seeds}, 10,000 images; "
-        f"{interval(row)})"
-    )
-    assert told in README_TEXT and study.n == 10_000
-
     robust = means(study).set_index("activation")["robust"]
-    best = robust[[is_kaf(name) for name in robust.index]].idxmax()
-    above = table.loc["KAFs are more robust than ReLU", best, "relu"]
-    below = table.loc["Swish is the most robust", "swish", best]
+    kafs = [name for name in robust.index if is_kaf(name)]
+    over_relu = {name: table.loc["KAFs are more robust than ReLU", name, "relu"] for name in kafs}
+    under_swish = {name: table.loc["Swish is the most robust", "swish", name] for name in kafs}
+    swish = table.loc["Swish is the most robust", "swish", "relu"]
+
+    more = [name for name in kafs if over_relu[name]["verdict"] == "more robust"]
+    assert swish["verdict"] == "more robust" and len(more) == 2
+    assert all(row["verdict"] != "less robust" for row in under_swish.values())
+    labels = " and ".join(STUDIED[name].label for name in more)
+    assert f"Swish, {labels} are more robust than ReLU; no KAF is shown" in README_TEXT
+
+    def interval(row, sign=1):
+        low, high = sorted(100 * sign * row[["low", "high"]])
+        return f"95 %: {low:.1f} to {high:.1f}"
+
+    seeds = in_words([study.seeds["swish"], study.seeds["relu"]])
+    best = robust[kafs].idxmax()
+    points = -100 * under_swish[best]["difference"]
     told = (
-        f"Of the KAFs, {STUDIED[best].label} stands highest: {100 * above['difference']:.1f} "
-        f"points above ReLU ({in_words([study.seeds[best]])}; {interval(above)}), "
-        f"{100 * below['difference']:.1f} below Swish ({interval(below)})."
+        f"Swish stands {100 * swish['difference']:.1f} points above ReLU ({seeds}, 10,000 images; "
+        f"{interval(swish)}), {STUDIED[best].label}, the highest of the KAFs, "
+        f"{100 * over_relu[best]['difference']:.1f} ({in_words([study.seeds[best]])}; "
+        f"{interval(over_relu[best])}). Between these two nothing is decided "
+        f"({points:+.1f}; {interval(under_swish[best], -1)})."
     )
-    assert told in README_TEXT, told
+    assert under_swish[best]["verdict"] == "undecided"
+    assert told in README_TEXT and study.n == 10_000, told
 
 
 def test_what_the_attacks_were_held_against_is_told_as_it_is_kept():

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from kaf_study import InputError
 from kaf_study.files import check_file, replacing
@@ -27,17 +28,21 @@ class Checkpoint(keras.callbacks.Callback):
 
     Args:
         dataset: dict that names the training images; a checkpoint of other images is refused.
+        writes: whether this process keeps the file; of several workers one does.
 
     Attributes:
         history: list of rows (dict), one for each finished epoch.
         stopped: the epoch (from 0) in which the probe stopped the training, or None.
-        processes: first epoch (from 0), versions and hardware of each process that trained.
+        processes: `records.ProcessRecord` of each process that trained.
     """
 
-    def __init__(self, path: Path, model: keras.Model, dataset: dict[str, Any]):
+    def __init__(
+        self, path: Path, model: keras.Model, dataset: dict[str, Any], *, writes: bool = True
+    ):
         super().__init__()
         self.path = path
         self.dataset = dataset
+        self.writes = writes
         self.history: list[dict[str, float]] = []
         self.stopped: int | None = None
         self.processes: list[dict[str, Any]] = []
@@ -65,7 +70,9 @@ class Checkpoint(keras.callbacks.Callback):
         return [*model.variables, *model.optimizer.variables]
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        here = {"versions": versions(), "hardware": hardware()}
+        here: dict[str, Any] = {"versions": versions(), "hardware": hardware()}
+        if (replicas := tf.distribute.get_strategy().num_replicas_in_sync) > 1:
+            here["replicas"] = replicas
         self.processes.append({"first_epoch": len(self.history)} | here)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
@@ -85,6 +92,8 @@ class Checkpoint(keras.callbacks.Callback):
         row["seconds"] = round(time.perf_counter() - self.started, 2)
         self.history.append(row)
         self.stopped = epoch if self.model.stop_training else None
+        if not self.writes:
+            return
         state = {name: getattr(self, name) for name in CheckpointState.__struct_fields__}
         with replacing(self.path) as temporary:
             np.savez(

@@ -208,6 +208,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add("--precision", default=defaults.precision, help=f"{', '.join(PRECISIONS)} (to compute in)")
     add("--seed", type=int, default=defaults.seed)
     add("--deterministic", action="store_true", help="bitwise repeatable, slower")
+    add("--strategy", help="mirrored: all GPUs here; multiworker: the machines of TF_CONFIG")
     add("--out", required=True, help="model folder, e.g. models/cifar10_resnet20_kaf_seed0")
     add("--force", action="store_true", help="start anew, whatever the folder holds")
     return parser.parse_args(argv)

@@ -73,18 +73,23 @@ def _swish(x):
 def fused(model: keras.Model, policy: str | None = None) -> keras.Model:
     """A twin of `model` with fused batch normalisation and Swish, and copies of its weights.
 
-    Where there is no fused form (another axis, float64, renorm), Keras' layer stays.
+    Where there is no fused form (another axis, float64, renorm), Keras' layer stays. Under a
+    tf.distribute.Strategy of several replicas batch normalisation is Keras', synchronised.
 
     Args:
         policy: dtype policy of its layers, but for those that give the outputs; None: the model's.
     """
+
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
 
     def twin(layer):
         kind, config = type(layer), layer.get_config()
         is_between = not any(layer.output is end for end in (*model.inputs, *model.outputs))
         if policy is not None and is_between:
             config["dtype"] = policy
-        if kind is keras.layers.BatchNormalization and _has_fused_form(layer):
+        if kind is keras.layers.BatchNormalization and replicas > 1:
+            config["synchronized"] = True
+        elif kind is keras.layers.BatchNormalization and _has_fused_form(layer):
             kind = FusedBatchNormalization
         elif _is_swish(layer):
             kind, config = FusedSwish, {name: config[name] for name in ("name", "dtype")}

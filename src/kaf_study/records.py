@@ -84,11 +84,12 @@ class DataRecord(Struct):
 
 
 class ProcessRecord(Struct):
-    """One of the processes of a training that was interrupted and resumed."""
+    """One of the processes of a training that was interrupted and resumed; replicas, if several."""
 
     first_epoch: Count
     versions: dict[str, str]
     hardware: str
+    replicas: Positive | UnsetType = UNSET  # 1
 
 
 class TrainingResults(Struct):

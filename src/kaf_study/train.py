@@ -6,6 +6,7 @@ python -m kaf_study.train --dataset cifar10 --architecture resnet20 --activation
 
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
@@ -17,7 +18,7 @@ import tensorflow as tf
 
 from activationsf import AnnealKwta, activation
 from fbfadvtrain import FastBetterFreeTrainedModel, Refinements, RobustnessProbe
-from kaf_study import InputError, called_as, run_command
+from kaf_study import InputError, called_as, distributed, run_command
 from kaf_study.activations import WITHOUT_CURVATURE
 from kaf_study.architectures import build
 from kaf_study.checkpoint import Checkpoint
@@ -46,6 +47,7 @@ def train(
     data_dir: Path | str | None = None,
     force: bool = False,
     verbose: int = 2,
+    strategy: tf.distribute.Strategy | None = None,
 ) -> dict[str, Any]:
     """Trains one model into the folder `out`; goes on where an earlier call was interrupted.
 
@@ -57,6 +59,7 @@ def train(
         out: model folder; gets model.keras, history.csv and, last of all, training.json.
         data_dir: see datasets.load.
         force: start anew, whatever `out` holds.
+        strategy: for several devices or workers, see kaf_study.distributed; None: that in force.
 
     Returns:
         The content of training.json (`records.TrainingRecord`).
@@ -75,30 +78,24 @@ def train(
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
     training, validation, dataset = images_of(config, data_dir)
-    network = build_network(config)
-    model = build_trainer(network, config, config.epochs * steps_per_epoch(config, training))
-    with folder.locked():
-        folder.start(config, force=force)
-        checkpoint = Checkpoint(folder.checkpoint, model, dataset)
+    strategy = strategy or tf.distribute.get_strategy()
+    is_chief = distributed.is_chief(strategy)
+    with strategy.scope(), folder.locked() if is_chief else nullcontext():
+        network = build_network(config)
+        model = build_trainer(network, config, config.epochs * steps_per_epoch(config, training))
+        if is_chief:
+            folder.start(config, force=force)
+        distributed.wait_for_all(strategy)
+        checkpoint = Checkpoint(folder.checkpoint, model, dataset, writes=is_chief)
         if checkpoint.history:
             print(f"Resuming {out} after epoch {len(checkpoint.history)} of {config.epochs}.")
         probe = fit(model, network, config, training, validation, checkpoint, verbose)
         network.set_weights(model.get_weights())
         look_at_saved(probe, network, config)
-        record = {
-            "settings": asdict(config),
-            "results": {
-                **measured(probe, validation, checkpoint),
-                "parameters": network.count_params(),
-            },
-            "dataset": dataset,
-            "seconds": round(sum(row["seconds"] for row in checkpoint.history), 1),
-            # The process that finished; `processes` has all that trained, from its first epoch.
-            "versions": versions(),
-            "hardware": hardware(),
-            "processes": checkpoint.processes,
-        }
-        return folder.finish(network.save, checkpoint.history, record)
+        results = measured(probe, validation, checkpoint)
+        results["parameters"] = network.count_params()
+        record = record_of(config, results, dataset, checkpoint)
+        return folder.finish(network.save, checkpoint.history, record) if is_chief else record
 
 
 # --------------------------------------------------------------------------- what is trained
@@ -241,15 +238,18 @@ def fit(
     epochs = range(len(checkpoint.history), config.epochs)
     if epochs and checkpoint.stopped is None:
         each = [epoch_batches(config, training, epoch) for epoch in epochs]
-        model.fit(
-            reduce(tf.data.Dataset.concatenate, each),
-            steps_per_epoch=steps_per_epoch(config, training),
-            epochs=config.epochs,
-            initial_epoch=epochs.start,
-            callbacks=callbacks,
-            shuffle=False,  # batches() has shuffled
-            verbose=verbose,
-        )
+        data = reduce(tf.data.Dataset.concatenate, each)
+        steps = steps_per_epoch(config, training)
+        if tf.distribute.has_strategy():
+            distributed.fit(
+                model, data, steps_per_epoch=steps, epochs=epochs, callbacks=callbacks,
+                verbose=verbose,
+            )  # fmt: skip
+        else:
+            model.fit(
+                data, steps_per_epoch=steps, epochs=epochs.stop, initial_epoch=epochs.start,
+                callbacks=callbacks, shuffle=False, verbose=verbose,  # batches() has shuffled
+            )  # fmt: skip
     if config.ema_momentum:
         # fit ends by taking over the running mean; not where there was no epoch left to train. A
         # training that was stopped keeps the weights the probe put back.
@@ -321,6 +321,22 @@ def measured(probe: RobustnessProbe, validation: Images, checkpoint: Checkpoint)
     }
 
 
+def record_of(
+    config: TrainConfig, results: dict[str, Any], dataset: dict[str, Any], checkpoint: Checkpoint
+) -> dict[str, Any]:
+    """training.json (`records.TrainingRecord`), but for the hash of the model's file."""
+    return {
+        "settings": asdict(config),
+        "results": results,
+        "dataset": dataset,
+        "seconds": round(sum(row["seconds"] for row in checkpoint.history), 1),
+        # The process that finished; `processes` has all that trained, from its first epoch.
+        "versions": versions(),
+        "hardware": hardware(),
+        "processes": checkpoint.processes,
+    }
+
+
 # --------------------------------------------------------------------------- the command
 
 
@@ -330,7 +346,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv, prog)
 
     def run():
-        train(config_of(args), args.out, data_dir=args.data_dir, force=args.force)
+        train(
+            config_of(args),
+            args.out,
+            data_dir=args.data_dir,
+            force=args.force,
+            strategy=distributed.strategy_named(args.strategy),
+        )
 
     return run_command(prog, run, again="(without --force) resumes")
 
