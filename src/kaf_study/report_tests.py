@@ -101,7 +101,7 @@ def verdicts(report: Report, study: Study, *, answers_all: bool) -> None:
         "TestedOver": "over seeds and images"
         if several and answers_all
         else "on the images, one network of each",
-        "SeedsAnswer": listed(decided(claims)) or "no pair is told apart",
+        "SeedsAnswer": "; ".join(decided(claims)) or "no pair is told apart",
         "SeedSpread": f"The standard deviation between seeds, pooled over the activations, is "
         f"{sd['clean']} points of clean and {sd['robust']} points of robust accuracy."
         if several
@@ -118,17 +118,23 @@ def verdicts(report: Report, study: Study, *, answers_all: bool) -> None:
 
 
 def decided(claims: pd.DataFrame) -> list[str]:
-    """Each pair with a verdict, once: "Swish is more robust than ReLU by 1.5 points (0.6 to 2.4)".
+    """The pairs with a verdict, each once: "Swish (+1.5 points, ...) is more robust than ReLU".
 
-    The interval is that of this pair alone, at 95 %.
+    Those against the same activation together. Intervals are of each pair alone, at 95 %.
     """
-    found = {}
-    for row in claims[claims["verdict"] != UNDECIDED].itertuples():
-        first, second = (ACTIVATION_LABELS[name] for name in (row.first, row.second))
-        verdict = str(row.verdict)
-        joined = f"{verdict} to" if verdict.startswith("equal") else f"{verdict} than"
-        interval = f"{points(row.low)} to {points(row.high)}"
-        found[row.measure, row.first, row.second] = (
-            f"{first} is {joined} {second}, by {points(row.difference)} points ({interval})"
-        )
-    return list(found.values())
+    sure = claims[claims["verdict"] != UNDECIDED].drop_duplicates(["measure", "first", "second"])
+    said = []
+    groups = sure.groupby(["measure", "verdict", "second"], sort=False)
+    for (measure, verdict, second), rows in groups:
+        firsts = [
+            f"{ACTIVATION_LABELS[row.first]} ({points(row.difference)} points, "
+            f"{points(row.low)} to {points(row.high)})"
+            for row in rows.itertuples()
+        ]
+        are = "are" if firsts[1:] else "is"
+        against = f"{verdict} than {ACTIVATION_LABELS[second]}"
+        if verdict.startswith("equal"):
+            where = "under attack" if measure == "robust" else "on clean images"
+            against = f"{verdict} to {ACTIVATION_LABELS[second]} {where}"
+        said.append(f"{listed(firsts)} {are} {against}")
+    return said
