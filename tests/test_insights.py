@@ -372,6 +372,25 @@ def test_training_steps_are_those_of_gradient_descent(rng):
     np.testing.assert_allclose(model.get_weights()[0], -0.5 * gradient[0], rtol=1e-4, atol=1e-7)
 
 
+def test_norms_of_watched_weights_are_those_before_each_step(rng):
+    x, y = rng.normal(size=(8, 2, 2, 1)).astype("float32"), rng.integers(0, 2, 8)
+    model = linear_model()
+    kernel, bias = model.trainable_variables
+    history = insights.train_steps(
+        model, x, y, optimizer=keras.optimizers.SGD(0.5), steps=2, batch_size=8,
+        watched={"bias": bias, "kernel": kernel},
+    )  # fmt: skip
+    upstream = (0.5 - np.eye(2)[y]) / 8
+    of_kernel = np.linalg.norm(x.reshape(8, 4).T @ upstream)
+    of_bias = np.linalg.norm(upstream.sum(axis=0))
+    first, second = history.to_dict("records")
+    assert first["gradient_kernel"] == pytest.approx(of_kernel, rel=1e-5)
+    assert first["gradient_bias"] == pytest.approx(of_bias, rel=1e-5)
+    assert first["weight_kernel"] == 0 and first["weight_bias"] == 0
+    assert second["weight_kernel"] == pytest.approx(0.5 * of_kernel, rel=1e-4)
+    assert second["weight_bias"] == pytest.approx(0.5 * of_bias, rel=1e-4)
+
+
 def test_training_stops_at_a_loss_that_is_not_a_number(rng):
     x = rng.normal(size=(8, 2, 2, 1)).astype("float32")
     x[3] = np.nan

@@ -564,6 +564,7 @@ def train_steps(
     steps: int,
     batch_size: int = 32,
     seed: int = 0,
+    watched: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Ordinary training for a few steps, on the cross-entropy alone, each step recorded.
 
@@ -574,36 +575,41 @@ def train_steps(
         x: images (N, H, W, C), without augmentation. y: labels (N,), int.
         optimizer: Keras optimizer; clipping is its own (`global_clipnorm`).
         seed: of the order of the images.
+        watched: {name: trainable weight of the model} whose norms are recorded as well.
 
     Returns:
         DataFrame, one row for each step, of the batch before the step: step (from 0), loss (nats),
-        accuracy (fraction), gradient_norm (L2 over all weights, before clipping).
+        accuracy (fraction), gradient_norm (L2 over all weights, before clipping), and of each
+        watched weight weight_NAME and gradient_NAME (L2).
     """
     weights = model.trainable_variables
     optimizer.build(weights)
+    all_weights = [id(weight) for weight in weights]
+    places = {name: all_weights.index(id(weight)) for name, weight in (watched or {}).items()}
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec((None, *x.shape[1:]), tf.float32),
-            tf.TensorSpec((None,), tf.int64),
-        ]
-    )
+    images_spec = tf.TensorSpec((None, *x.shape[1:]), tf.float32)
+
+    @tf.function(input_signature=[images_spec, tf.TensorSpec((None,), tf.int64)])
     def step(images, labels):
         with tf.GradientTape() as tape:
             logits = model(images, training=True)
             loss = tf.reduce_mean(_cross_entropy(labels, logits))
         gradients = tape.gradient(loss, [weight.value for weight in weights])
-        optimizer.apply(gradients, weights)
-        is_right = tf.argmax(logits, axis=-1) == labels
+        is_right = tf.cast(tf.argmax(logits, axis=-1) == labels, tf.float32)
         norm = tf.linalg.global_norm(gradients)
-        return loss, tf.reduce_mean(tf.cast(is_right, tf.float32)), norm
+        row = {"loss": loss, "accuracy": tf.reduce_mean(is_right), "gradient_norm": norm}
+        for name, place in places.items():
+            row[f"weight_{name}"] = tf.norm(weights[place].value)
+            row[f"gradient_{name}"] = tf.norm(gradients[place])
+        with tf.control_dependencies(row.values()):
+            optimizer.apply(gradients, weights)
+        return row
 
-    rows: list[list[float]] = []
+    rows: list[dict[str, float]] = []
     for epoch in range(-(-steps * batch_size // len(x)) + 1):
         shuffled = batches(x, y, batch_size=batch_size, seed=seed, epoch=epoch, augment=False)
         for images, labels in shuffled:
-            if len(rows) == steps or (rows and not np.isfinite(rows[-1][0])):
+            if len(rows) == steps or (rows and not np.isfinite(rows[-1]["loss"])):
                 break
-            rows.append([float(value) for value in step(images, labels)])
-    table = pd.DataFrame(rows, columns=["loss", "accuracy", "gradient_norm"])
-    return table.rename_axis("step").reset_index()
+            rows.append({name: float(value) for name, value in step(images, labels).items()})
+    return pd.DataFrame(rows).rename_axis("step").reset_index()

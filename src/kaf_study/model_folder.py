@@ -44,6 +44,16 @@ DATASET_LABELS = {"cifar10": "CIFAR-10"}
 COPIES = {"909fb79bbfc4a2d02387c3bdd0731a0d093337eabb6fb8324fd791fa5913bac7": "a JPEG copy"}
 
 
+def dataset_label(name: str, validation_fingerprint: str | None) -> str:
+    """The data set for people: "CIFAR-10", "a JPEG copy of CIFAR-10", "digits".
+
+    Args:
+        validation_fingerprint: of `datasets.fingerprint`, of the validation split.
+    """
+    label, copy = DATASET_LABELS.get(name, name), COPIES.get(validation_fingerprint or "")
+    return f"{copy} of {label}" if copy else label
+
+
 class ModelFolder:
     """A folder that is empty, holds an unfinished training, or a finished one (training.json)."""
 
@@ -158,11 +168,9 @@ class TrainedModel:
 
     @property
     def dataset_label(self) -> str:
-        """The data set for people: "CIFAR-10", "a JPEG copy of CIFAR-10", "digits"."""
-        name = self.settings["dataset"]
-        label = DATASET_LABELS.get(name, name)
+        """As of the function `dataset_label`."""
         fingerprint = self.record.get("dataset", {}).get("validation_fingerprint")
-        return f"{COPIES[fingerprint]} of {label}" if fingerprint in COPIES else label
+        return dataset_label(self.settings["dataset"], fingerprint)
 
     @property
     def curvature(self) -> dict[str, Any] | None:
