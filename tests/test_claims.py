@@ -211,6 +211,28 @@ def test_the_answer_has_means_with_intervals_and_what_was_published(models, tmp_
     assert "training.json" in capsys.readouterr().err
 
 
+def test_originals_stand_beside_the_claims(models, tmp_path, capsys):
+    root, readme = tmp_path / "original", tmp_path / "README.md"
+    for name, standing in {"relu": 300, "swish": 342, "kafswish": 350, "swish_b": 350}.items():
+        clean, stands = np.arange(N) < 700 + standing % 3, np.arange(N) < standing
+        folder = root / f"resnet20_{name}_x" / "robustness"
+        result(clean, stands, AttackSettings("rapid"), model=folder.parent.name).write(folder)
+    readme.write_text(
+        "".join(f"<!-- {x} -->\n<!-- /{x} -->\n" for x in ("table", "paired", "claims"))
+    )
+    command = [str(models), "--into", str(readme), "--originals", str(root)]
+    assert compare.main(command) == 0
+    rows = [line for line in readme.read_text().splitlines() if " | 3 / 3 | " in line]
+    # Of the two networks of Swish the mean counts.
+    assert any("| Swish | ReLU | 3 / 3 | +3.7 | +4.6 | +5.8 |" in row for row in rows)
+    assert any("| KAF | ReLU | 3 / 3 | +0.6 | – | " in row for row in rows)
+    assert "one or two of each, so that other seeds may turn" in readme.read_text()
+    unknown = result(clean, stands, AttackSettings("rapid"), model="resnet20_unknown_x")
+    unknown.write(root / "resnet20_unknown_x" / "robustness")
+    assert compare.main(command) == 2
+    assert "resnet20_kafswish_x" in capsys.readouterr().err
+
+
 def test_figure_over_seeds_shows_trainings_means_and_intervals(models):
     (study,) = studies(read_results(models))
     clean, robust = figures.accuracies_over_seeds(study, "PGD").axes

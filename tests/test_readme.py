@@ -42,6 +42,8 @@ def test_tables_are_those_of_the_result_files(tmp_path):
         str(copy),
         "--answer",
         str(readme),
+        "--originals",
+        str(ROOT / "results/original"),
         "--cards",
         str(cards),
     ]

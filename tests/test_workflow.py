@@ -34,6 +34,7 @@ TINY = {
         "folders": "models",
         "into": "RESULTS.md",
         "answer": "RESULTS.md",
+        "originals": None,
         "cards": "models/README.md",
     },
 }

@@ -200,6 +200,8 @@ def shown_claims(table: pd.DataFrame) -> dict[str, list[str]]:
     }
     if table["published"].notna().any():
         cells["published*"] = _points(table["published"])
+    if "original" in table and table["original"].notna().any():
+        cells["original networks"] = _points(table["original"])
     return cells | {
         "here": _points(table["difference"]),
         "95 %": _intervals(table["low"], table["high"], "+"),
@@ -260,6 +262,11 @@ def claim_notes(study: Study, averages: pd.DataFrame, claims: pd.DataFrame) -> l
     if claims["published"].notna().any():
         lines.append(
             "\\* Differences of single networks; robust ones from attacks called without labels."
+        )
+    if "original" in claims:
+        lines.append(
+            "Original networks: the same networks, attacked again by rapid; one or two of each, so "
+            "that other seeds may turn what they say."
         )
     return lines
 

@@ -33,11 +33,11 @@ from kaf_study.cards import (
     shown_pairs,
     shown_verdicts,
 )
-from kaf_study.claims import Study, claims_table, means, studies
+from kaf_study.claims import Study, beside_originals, claims_table, means, studies
 from kaf_study.figures import accuracy_robustness_scatter, common_training, save
 from kaf_study.files import make_writable, write_atomically
 from kaf_study.records import read_results
-from kaf_study.tables import model_table, paired_tests
+from kaf_study.tables import model_table, original_table, paired_tests
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
@@ -66,6 +66,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         "--answer", metavar="README.md", help="rewrites its <!-- answer -->: means over seeds"
     )
     parser.add_argument("--cards", metavar="FILE.md", help="writes model cards")
+    parser.add_argument(
+        "--originals", metavar="DIR", help="results on the original networks, beside the claims"
+    )
     return parser.parse_args(argv)
 
 
@@ -95,7 +98,8 @@ def run(arguments: Namespace) -> None:
     print(console(shown(table)), "", *notes(table), sep="\n")
     for pairs in tests:
         print("", console(shown_pairs(pairs)), "", conclusion(pairs), sep="\n")
-    studied = tables_of_studies(results, kind)
+    originals = original_table(read_results(arguments.originals)) if arguments.originals else None
+    studied = tables_of_studies(results, kind, originals)
     for one in studied:
         print("", one.title, "", console(shown_means(one.means)), sep="\n")
         print("", console(shown_claims(one.claims)), "", sep="\n")
@@ -123,7 +127,9 @@ class StudyTables(NamedTuple):
     claims: pd.DataFrame
 
 
-def tables_of_studies(results: pd.DataFrame, kind: str) -> list[StudyTables]:
+def tables_of_studies(
+    results: pd.DataFrame, kind: str, originals: pd.DataFrame | None = None
+) -> list[StudyTables]:
     """Means and verdicts of each study that has several seeds of an activation.
 
     Under the attack `kind` or, where all studies have one seed of each under that, under AutoAttack
@@ -141,6 +147,9 @@ def tables_of_studies(results: pd.DataFrame, kind: str) -> list[StudyTables]:
             settings = study.models[0].settings
             title += f", {settings.get('optimizer')}, eps {255 * settings['epsilon']:g}/255"
         claims = claims_table(study)
+        if originals is not None and study.architecture in set(originals["architecture"]):
+            same = originals["architecture"] == study.architecture
+            claims = beside_originals(claims, originals[same])
         if len(claims):
             found.append(StudyTables(title, study, means(study), claims))
     return found

@@ -33,7 +33,7 @@ from kaf_study.report_trainings import (
     pilots,
     trainings,
 )
-from kaf_study.tables import model_table, pgd_name
+from kaf_study.tables import model_table, original_table, pgd_name
 
 ARCHITECTURE = "resnet20"  # of the study; other networks stand in the table of all
 
@@ -87,7 +87,7 @@ def activations_of(study: Study) -> int:
     return len(study.seeds)
 
 
-def trained_here(report: Report, results: pd.DataFrame) -> Study:
+def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame) -> Study:
     """The networks attacked: their figures, and the tests and verdicts of the main study."""
     (kind, study), (seeds_kind, seeds_study) = main_studies(results)
     table = model_table(results)
@@ -135,7 +135,7 @@ def trained_here(report: Report, results: pd.DataFrame) -> Study:
     inside = [str(model.folder) for model in study.models]
     first = table[table["folder"].isin(inside)].drop_duplicates("activation")
     paired(report, first.assign(model=first["activation"].map(ACTIVATION_LABELS)), kind, "Study")
-    verdicts(report, seeds_study, answers_all=seeds_study is study)
+    verdicts(report, seeds_study, originals, answers_all=seeds_study is study)
     return study
 
 
@@ -202,17 +202,8 @@ def label_protocols(report: Report, frame: pd.DataFrame, labels: Mapping[str, st
 # --------------------------------------------------------------------------- the original networks
 
 
-def original(report: Report, results: pd.DataFrame) -> None:
-    """The networks of the original work, whose files are named architecture_activation_..."""
-    table = model_table(results)
-    known = {name.replace("_", ""): name for name in STUDIED}
-    parts = [f"{name}_".split("_") for name in table["model"]]
-    if "rapid" not in table.attrs["chosen"] or not all(part[1] in known for part in parts):
-        raise InputError("original networks need results of rapid and names as resnet20_kafswish_x")
-    table["activation"] = [known[part[1]] for part in parts]
-    figures = [STUDIED[known[part[1]]].published.get(part[0]) for part in parts]
-    pairs = [figure or (np.nan, np.nan) for figure in figures]
-    table[["published_accuracy", "published_robustness"]] = pairs
+def original(report: Report, table: pd.DataFrame) -> None:
+    """The networks of the original work, a `tables.original_table`."""
     label = table["activation"].map(ACTIVATION_LABELS)
     label = label.where(~label.duplicated(keep=False), table["model"])
     fall = table["published_robustness"] - table["rapid"]
@@ -243,8 +234,9 @@ def reported(root: Path) -> Report:
     models, results = trained_models(root / "models"), read_results(root / "models")
     report = Report()
     published(report)
-    study = trained_here(report, results)
-    original(report, read_results(root / "results" / "original"))
+    originals = original_table(read_results(root / "results" / "original"))
+    study = trained_here(report, results, originals)
+    original(report, originals)
     trainings(report, models, results)
     first = study.models[0].settings
     alike = [m for m in models if all(m.settings.get(k) == first.get(k) for k in ALIKE)]

@@ -11,7 +11,7 @@ import pandas as pd
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED, is_kaf
 from kaf_study.cards import shown_claims, shown_means, shown_pairs, told_apart
-from kaf_study.claims import Study, claims_table, means
+from kaf_study.claims import Study, beside_originals, claims_table, means
 from kaf_study.latex import Report, listed, points, span, tabular
 from kaf_study.paired import LEVEL
 from kaf_study.seeds import UNDECIDED
@@ -65,12 +65,13 @@ def answers(
     }
 
 
-def verdicts(report: Report, study: Study, *, answers_all: bool) -> None:
-    """Means and verdicts over seeds.
+def verdicts(report: Report, study: Study, originals: pd.DataFrame, *, answers_all: bool) -> None:
+    """Means and verdicts over seeds, beside differences of `tables.original_table`.
 
     Where there are several, the answers come from these, if the study has all activations.
     """
-    averages, claims = means(study), claims_table(study)
+    averages = means(study)
+    claims = beside_originals(claims_table(study), originals)
     report.tables["means"] = tabular(shown_means(averages))
     cells = shown_claims(claims.assign(why=""))
     heads = cells.pop("claim")

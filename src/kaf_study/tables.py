@@ -131,6 +131,25 @@ def _row(folder: str, found: Mapping[str, pd.Series], first_kind: str) -> dict:
     }
 
 
+def original_table(results: pd.DataFrame) -> pd.DataFrame:
+    """`model_table` of the networks of the original work, attacked by rapid.
+
+    Their files, named architecture_activation_..., have no record of their training: activation,
+    architecture and what was published of them come from the name.
+    """
+    table = model_table(results)
+    known = {name.replace("_", ""): name for name in STUDIED}
+    parts = [f"{name}_".split("_") for name in table["model"]]
+    if "rapid" not in table.attrs["chosen"] or not all(part[1] in known for part in parts):
+        raise InputError("original networks need results of rapid and names as resnet20_kafswish_x")
+    table["architecture"] = [part[0] for part in parts]
+    table["activation"] = [known[part[1]] for part in parts]
+    figures = [STUDIED[known[part[1]]].published.get(part[0]) for part in parts]
+    published = [figure or (np.nan, np.nan) for figure in figures]
+    table[["published_accuracy", "published_robustness"]] = published
+    return table
+
+
 def pgd_name(rows: pd.DataFrame) -> str:
     """PGD-S-R, of results of one protocol."""
     return f"PGD-{rows['steps'].iloc[0]:.0f}-{rows['restarts'].iloc[0]:.0f}"
