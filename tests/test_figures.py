@@ -118,6 +118,25 @@ def test_robust_above_clean_is_flagged_with_true_labels_only(tmp_path):
     plt.close("all")
 
 
+def test_lines_reach_their_labels_at_another_resolution(tmp_path):
+    for i, activation in enumerate(("relu", "elu", "swish", "kaf", "kaf_elu")):
+        make_model(tmp_path, activation, clean=0.78 + 0.0002 * i, robust=0.4 + 0.0001 * i)
+    ax = figures.accuracy_robustness_scatter(read_results(tmp_path))
+    ax.figure.set_dpi(250)
+    ax.figure.canvas.draw()
+    lines = [text.arrow_patch for text in ax.texts if getattr(text, "arrow_patch", None)]
+    boxes = [
+        text.get_window_extent()
+        for text in ax.texts
+        if text.get_text() in ACTIVATION_LABELS.values()
+    ]
+    assert lines and len(boxes) == 5
+    for line in lines:
+        ends = line.get_transform().transform(line.get_path().vertices)[[0, -1]]
+        gaps = [np.hypot(*(end - np.clip(end, box.min, box.max))) for box in boxes for end in ends]
+        assert min(gaps) < 6  # pixels; Matplotlib leaves some at the end of an arrow
+
+
 def test_scatter_refuses_to_mix_protocols(models):
     make_model(models, "kaf", n=200)
     with pytest.raises(InputError, match=r"several protocols.*pgd-50-10-true-n200"):

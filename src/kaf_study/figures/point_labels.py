@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Box = tuple[float, float, float, float]
 
 ANGLES = np.radians([45, 135, -45, -135, 0, 180, 90, -90, 22, 158, -22, -158])
-DISTANCES = (9, 14, 20, 28, 38)  # in points
+DISTANCES = (9, 14, 20, 28, 38, 50, 64)  # in points
 FAR = 14  # from here on a line says whose label it is
 
 
@@ -51,8 +51,9 @@ def label_points(
         text.set_position((np.array(chosen[:2]) - centres[i]) / scale)
         if best[0] > FAR:
             nearest = np.clip(centres[i], chosen[:2], chosen[2:])
+            # In points, as the text is: a figure may be saved at another resolution.
             ax.annotate(
-                "", points[i], tuple(nearest - centres[i]), textcoords="offset pixels",
+                "", points[i], tuple((nearest - centres[i]) / scale), textcoords="offset points",
                 arrowprops={"arrowstyle": "-", "lw": 0.6, "color": "0.5"},
             )  # fmt: skip
 
