@@ -255,8 +255,7 @@ def test_seeds_of_some_activations_are_told_beside_the_pairs_of_all(clone):
     numbers, tables = numbers_of(folder)
     assert (numbers["StudyAttack"], numbers["SeedsAttack"]) == ("PGD-50-10", "rapid")
     assert numbers["SeedsOf"] == "3 seeds of ReLU and Swish"
-    assert numbers["SeedsAnswer"].startswith("Swish (+10.0 points, +")
-    assert numbers["SeedsAnswer"].endswith(") is more robust than ReLU")
+    assert numbers["SeedsAnswer"].startswith("Swish is more robust than ReLU (+10.0 points, +")
     assert numbers["SeedsAnswer"].count("than") == 1  # once, though two claims have the pair
     assert numbers["TestedOver"] == "on the images, one network of each"
     assert numbers["StudyKafAnswer"].startswith("of 1 kinds")

@@ -121,21 +121,29 @@ def verdicts(report: Report, study: Study, originals: pd.DataFrame, *, answers_a
 def decided(claims: pd.DataFrame) -> list[str]:
     """The pairs with a verdict, each once: "Swish (+1.5 points, ...) is more robust than ReLU".
 
-    Those against the same activation together. Intervals are of each pair alone, at 95 %.
+    Several against the same activation stand together, of the others those of the same activation
+    against several. Intervals are of each pair alone, at 95 %.
     """
     sure = claims[claims["verdict"] != UNDECIDED].drop_duplicates(["measure", "first", "second"])
     said = []
-    groups = sure.groupby(["measure", "verdict", "second"], sort=False)
-    for (measure, verdict, second), rows in groups:
-        firsts = [
-            f"{ACTIVATION_LABELS[row.first]} ({points(row.difference)} points, "
-            f"{points(row.low)} to {points(row.high)})"
-            for row in rows.itertuples()
-        ]
-        are = "are" if firsts[1:] else "is"
-        against = f"{verdict} than {ACTIVATION_LABELS[second]}"
-        if verdict.startswith("equal"):
-            where = "under attack" if measure == "robust" else "on clean images"
-            against = f"{verdict} to {ACTIVATION_LABELS[second]} {where}"
-        said.append(f"{listed(firsts)} {are} {against}")
+    for (measure, verdict), pairs in sure.groupby(["measure", "verdict"], sort=False):
+        is_shared = pairs["second"].duplicated(keep=False)
+        for one, of in (("second", pairs[is_shared]), ("first", pairs[~is_shared])):
+            for name, rows in of.groupby(one, sort=False):
+                said.append(_sentence(rows, one, ACTIVATION_LABELS[name], verdict, measure))
     return said
+
+
+def _sentence(rows: pd.DataFrame, one: str, name: str, verdict: str, measure: str) -> str:
+    """Of pairs whose `one`, "first" or "second", is the same."""
+    others = [
+        f"{ACTIVATION_LABELS[row.second if one == 'first' else row.first]} "
+        f"({points(row.difference)} points, {points(row.low)} to {points(row.high)})"
+        for row in rows.itertuples()
+    ]
+    is_equal = verdict.startswith("equal")
+    joined = f"{verdict} {'to' if is_equal else 'than'}"
+    where = {"robust": " under attack", "clean": " on clean images"}[measure] * is_equal
+    if one == "first":
+        return f"{name} is {joined} {listed(others)}{where}"
+    return f"{listed(others)} are {joined} {name}{where}"
