@@ -131,6 +131,28 @@ def test_the_answer_over_seeds_is_that_of_the_result_files():
     assert told in README_TEXT, told
 
 
+def test_results_tell_the_verdicts_over_seeds():
+    found = studies(read_results(ROOT / "models"), "rapid")
+    (study,) = [one for one in found if max(one.seeds.values()) > 1]
+    table = claims_table(study).set_index("claim")
+    text = " ".join(RESULTS.split())
+
+    def labels(claim, column, verdict):
+        rows = table.loc[claim]
+        return listed([STUDIED[name].label for name in rows[column][rows["verdict"] == verdict]])
+
+    less = labels("Swish is the most robust", "second", "more robust")
+    assert f"| It is more robust than {less}. The KAFs" in text
+    rows = table.loc["KAFs are more accurate than ReLU"]
+    rows = rows[rows["verdict"] == "less accurate"]
+    less = labels("KAFs are more accurate than ReLU", "first", "less accurate")
+    points = listed([f"{-100 * value:.1f}" for value in rows["difference"]])
+    assert f"{less}, which start at random, are less accurate, by {points} points. |" in text
+    more = labels("KAFs are more robust than ReLU", "first", "more robust")
+    rest = labels("KAFs are more robust than ReLU", "first", "undecided")
+    assert f"| {more} are; {rest}, of one seed, are undecided." in text
+
+
 def test_what_the_attacks_were_held_against_is_told_as_it_is_kept():
     told = (ROOT / "src/kaf_study/attacks/README.md").read_text(encoding="utf-8")
     told = " ".join(told.split())
