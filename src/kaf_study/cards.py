@@ -200,7 +200,7 @@ def shown_claims(table: pd.DataFrame) -> dict[str, list[str]]:
     }
     if table["published"].notna().any():
         cells["published*"] = _points(table["published"])
-    if "original" in table and table["original"].notna().any():
+    if _has_originals(table):
         cells["original networks"] = _points(table["original"])
     return cells | {
         "here": _points(table["difference"]),
@@ -236,6 +236,10 @@ def shown_verdicts(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
     return cells
 
 
+def _has_originals(claims: pd.DataFrame) -> bool:
+    return "original" in claims and bool(claims["original"].notna().any())
+
+
 def _points(values: Iterable[float]) -> list[str]:
     # + 0.0: no "-0.0"
     return ["–" if pd.isna(value) else f"{round(100 * value, 1) + 0.0:+.1f}" for value in values]
@@ -263,7 +267,7 @@ def claim_notes(study: Study, averages: pd.DataFrame, claims: pd.DataFrame) -> l
         lines.append(
             "\\* Differences of single networks; robust ones from attacks called without labels."
         )
-    if "original" in claims:
+    if _has_originals(claims):
         lines.append(
             "Original networks: the same networks, attacked again by rapid; one or two of each, so "
             "that other seeds may turn what they say."

@@ -184,14 +184,17 @@ def claims_table(study: Study, claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def beside_originals(table: pd.DataFrame, originals: pd.DataFrame) -> pd.DataFrame:
+def beside_originals(
+    table: pd.DataFrame, originals: pd.DataFrame, architecture: str
+) -> pd.DataFrame:
     """A `claims_table` with a column original: the difference between networks of that work.
 
     Args:
-        originals: of `tables.original_table`, of the study's architecture. Of several networks of
-            an activation the mean counts.
+        originals: of `tables.original_table`. Of several networks of an activation the mean counts.
+        architecture: of the study.
     """
-    of_each = originals.groupby("activation")[["clean_accuracy", "rapid"]].mean()
+    alike = originals[originals["architecture"] == architecture]
+    of_each = alike.groupby("activation")[["clean_accuracy", "rapid"]].mean()
     figures = {"clean": of_each["clean_accuracy"], "robust": of_each["rapid"]}
     differences = [
         figures[row.measure].get(row.first, np.nan) - figures[row.measure].get(row.second, np.nan)

@@ -147,9 +147,8 @@ def tables_of_studies(
             settings = study.models[0].settings
             title += f", {settings.get('optimizer')}, eps {255 * settings['epsilon']:g}/255"
         claims = claims_table(study)
-        if originals is not None and study.architecture in set(originals["architecture"]):
-            same = originals["architecture"] == study.architecture
-            claims = beside_originals(claims, originals[same])
+        if originals is not None:
+            claims = beside_originals(claims, originals, study.architecture)
         if len(claims):
             found.append(StudyTables(title, study, means(study), claims))
     return found

@@ -79,7 +79,6 @@ def fused(model: keras.Model, policy: str | None = None) -> keras.Model:
     Args:
         policy: dtype policy of its layers, but for those that give the outputs; None: the model's.
     """
-
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
 
     def twin(layer):

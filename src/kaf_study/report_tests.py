@@ -71,7 +71,7 @@ def verdicts(report: Report, study: Study, originals: pd.DataFrame, *, answers_a
     Where there are several, the answers come from these, if the study has all activations.
     """
     averages = means(study)
-    claims = beside_originals(claims_table(study), originals)
+    claims = beside_originals(claims_table(study), originals, study.architecture)
     report.tables["means"] = tabular(shown_means(averages))
     cells = shown_claims(claims.assign(why=""))
     heads = cells.pop("claim")

@@ -37,11 +37,10 @@ def accuracies_over_seeds(study: Study, attack: str) -> Figure:
         ax.set_xlabel(f"{measure} accuracy (%)")
         ax.grid(axis="x", alpha=0.25)
         ax.set_axisbelow(True)
-    counts = {1: "1 seed"}
     axes[0].set_yticks(
         rows,
         [
-            f"{ACTIVATION_LABELS.get(name, name)}, {counts.get(count, f'{count} seeds')}"
+            f"{ACTIVATION_LABELS.get(name, name)}, {count} seed{'s' * (count > 1)}"
             for name, count in zip(table["activation"], table["seeds"], strict=True)
         ],
     )
