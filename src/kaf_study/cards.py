@@ -31,6 +31,14 @@ WHAT_COMBINED = {
     "autoattack": "AutoAttack: the standard version, as written here.",
 }
 
+ATTACKS = ("pgd", *COMBINED)  # as commands name them
+
+
+def kind_of_attack(name: str) -> str:
+    """Of `ATTACKS` -> of `tables.KINDS`, true labels."""
+    return "pgd_true" if name == "pgd" else name
+
+
 # --------------------------------------------------------------------------- the table of models
 
 

@@ -15,10 +15,12 @@ import pandas as pd
 
 from kaf_study import CommandParser, InputError, run_command
 from kaf_study.cards import (
+    ATTACKS,
     COMBINED,
     claim_notes,
     conclusion,
     console,
+    kind_of_attack,
     markdown,
     markdown_claims,
     markdown_pairs,
@@ -53,7 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         help="each is compared with all others (Swish and ReLU, within each architecture)",
     )
     parser.add_argument(
-        "--attack", choices=("pgd", *COMBINED), default="pgd",
+        "--attack", choices=ATTACKS, default="pgd",
         help="whose results (true labels) the paired tests count (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="writes .csv, .md and .png files there")
@@ -88,7 +90,7 @@ def run(arguments: Namespace) -> None:
             f"no results in {', '.join(arguments.folders)}; make them with robustness_eval.py MODEL"
         )
     table = model_table(results)
-    kind = "pgd_true" if arguments.attack == "pgd" else arguments.attack
+    kind = kind_of_attack(arguments.attack)
     tests = paired_tests(table, arguments.reference or (), kind)
     if kind != "pgd_true" and not tests:
         raise InputError(

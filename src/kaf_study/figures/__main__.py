@@ -10,7 +10,7 @@ from matplotlib.figure import Figure, SubFigure
 
 from kaf_study import CommandParser, InputError, run_command
 from kaf_study.activations import is_kaf
-from kaf_study.cards import COMBINED
+from kaf_study.cards import ATTACKS, COMBINED, kind_of_attack
 from kaf_study.claims import Study, studies
 from kaf_study.figures.insights import curvature_and_robustness
 from kaf_study.figures.kafs import initial_network, kaf_shapes, kaf_shapes_side_by_side
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         if name in ("scatter", "perturbations"):
             command.add_argument("--protocol", help="name of the result files: pgd-50-10-true")
         if name == "seeds":
-            command.add_argument("--attack", choices=("pgd", *COMBINED), default="rapid")
+            command.add_argument("--attack", choices=ATTACKS, default="rapid")
         if name == "shapes":
             command.add_argument("--channels", type=int, default=6, help="drawn per layer (6)")
     return parser.parse_args(argv)
@@ -85,8 +85,7 @@ def drawn(arguments: Namespace) -> Figure | SubFigure:
 
 
 def _one_study(arguments: Namespace) -> Study:
-    kind = "pgd_true" if arguments.attack == "pgd" else arguments.attack
-    found = studies(read_results(*arguments.folders), kind)
+    found = studies(read_results(*arguments.folders), kind_of_attack(arguments.attack))
     if len(found) != 1:
         raise InputError(
             f"expected networks that were trained alike and attacked by {arguments.attack}, got "
