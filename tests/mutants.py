@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from cosmic_ray.commands.init import _all_work_items
@@ -38,7 +39,7 @@ TESTS = {  # module -> its own tests
     "src/kaf_study/paired.py": ["test_paired.py"],
     "src/kaf_study/seeds.py": ["test_seeds.py"],
 }
-TIMEOUT = 600  # seconds for the tests of one mutant; a mutant that hangs is killed
+SLOWER = 4  # a mutant whose tests take this many times as long hangs: it is killed
 
 
 def in_annotation(source):
@@ -68,10 +69,12 @@ def sample(module, count, seed):
 def run(copy, module, tests, count, seed):
     """Test the sample; prints each verdict and returns (killed, mutants)."""
     command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {' '.join(tests)}"
+    began = time.monotonic()
     subprocess.run(command.split(), cwd=copy, check=True, stdout=subprocess.DEVNULL)
+    timeout = SLOWER * (time.monotonic() - began)
     mutants, killed = sample(Path(module), count, seed), 0
     for item in mutants:
-        result = mutate_and_test(item.mutations, command, TIMEOUT)
+        result = mutate_and_test(item.mutations, command, timeout)
         killed += result.is_killed
         mutation = item.mutations[0]
         word = "killed" if result.is_killed else "SURVIVED"
