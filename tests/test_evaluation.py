@@ -303,6 +303,29 @@ def test_progress_of_another_evaluation_is_not_taken_over(cnn, data, tmp_path):
     assert not restarts_resumed(of=(x[::-1], y[::-1])) and not restarts_resumed()
     partial.write_bytes(b"damaged")
     assert not restarts_resumed()
+    ran = tmp_path / "ran"
+    np.savez(partial, **dict.fromkeys(evaluation._State.__dataclass_fields__, pickled(ran)))
+    assert not restarts_resumed() and not ran.exists()
+
+
+def pickled(path):
+    """An array that, where pickles are let in, makes a file as it is read."""
+
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (path,)
+
+    return np.array([Touch()], dtype=object)
+
+
+def test_kept_images_are_no_programs(data, tmp_path):
+    ran = tmp_path / "ran"
+    np.savez(tmp_path / "images.npz", offset=pickled(ran))
+    with pytest.raises(InputError, match="does not hold attacked images"):
+        evaluation.read_adversarial(tmp_path / "images.npz", data[0])
+    assert not ran.exists()
+    np.load(tmp_path / "images.npz", allow_pickle=True)["offset"]
+    assert ran.exists()
 
 
 def test_finished_restarts_outlive_an_error(cnn, data, tmp_path, monkeypatch):
