@@ -16,7 +16,14 @@ from kaf_study import InputError, compare
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.cards import conclusion, markdown_table, model_cards
 from kaf_study.records import read_results
-from kaf_study.tables import against, below_pgd, label_protocols, model_table, paired_tests
+from kaf_study.tables import (
+    against,
+    below_pgd,
+    label_protocols,
+    model_table,
+    paired_tests,
+    rapid_beside_stronger,
+)
 
 N = 100
 
@@ -239,6 +246,33 @@ def test_how_far_below_pgd_is_of_the_images_that_both_attacked(models):
     chosen = model_table(read_results(models)).attrs["chosen"]
     assert below_pgd(chosen, "suite") == [pytest.approx(0.8 - 0.4)]  # 40 and 20 of the first 50
     assert below_pgd(chosen, "rapid") == []
+
+
+def test_rapid_is_counted_beside_stronger_attacks_on_the_images_of_both(models, tmp_path):
+    """Of Swish 40 stand under the suite's 50 images, 38 of them and 2 others under rapid."""
+    add_result(models / "net_swish", range(40), attack="suite", n=50, correct=45)
+    add_result(models / "net_swish", [*range(38), 43, 44, *range(60, 90)], attack="rapid")
+    add_result(models / "net_relu", range(30), attack="suite", n=50, correct=45)
+    add_result(models / "net_relu", range(31), attack="rapid")
+    add_result(models / "net_relu", range(31), attack="autoattack", n=31, correct=31)
+    add_result(models / "net_kaf", range(31), attack="rapid")  # has nothing stronger
+    beside = rapid_beside_stronger(model_table(read_results(models)).attrs["chosen"])
+    counts = beside.drop(columns=["model"]).to_numpy().tolist()
+    assert sorted(zip(beside["model"], counts, strict=True)) == [
+        ("net_relu", ["autoattack", 31, 31, 31, 0, 0]),
+        ("net_relu", ["suite", 50, 30, 31, 1, 0]),
+        ("net_swish", ["suite", 50, 40, 40, 2, 2]),
+    ]
+    (text := tmp_path / "text.md").write_text(
+        "<!-- table -->\n<!-- /table --><!-- paired -->\n<!-- /paired -->"
+        "<!-- rapid -->\n<!-- /rapid -->"
+    )
+    assert compare.main([str(models), "--into", str(text)]) == 0
+    table = text.read_text().partition("<!-- rapid -->")[2]
+    assert "| net_relu | suite | 50 | 30 | 31 | 1 | 0 | +2.0 |" in table
+    assert "| all 2 | suite | 100 | 70 | 71 | 3 | 2 | +1.0 |" in table
+    assert "| net_relu | AutoAttack | 31 | 31 | 31 | 0 | 0 | +0.0 |" in table
+    assert "all 1" not in table
 
 
 def test_cards_name_the_training_that_the_probe_ended(models, tmp_path):

@@ -160,6 +160,31 @@ def told_apart(pairs: pd.DataFrame, p: str, difference: str, words: tuple[str, s
     return "; ".join(parts)
 
 
+# --------------------------------------------------------------------------- how strong rapid is
+
+
+def shown_rapid(beside: pd.DataFrame) -> dict[str, list[str]]:
+    """`tables.rapid_beside_stronger` as text; a last row for all networks of an attack together."""
+    counts = ["n", "stronger", "rapid", "only_stronger", "only_rapid"]
+    parts = []
+    for kind, rows in beside.groupby("attack", sort=False):
+        together = {"model": f"all {len(rows)}", "attack": kind} | rows[counts].sum().to_dict()
+        parts.append(pd.concat([rows, pd.DataFrame([together])[: len(rows) - 1]]))
+    frame = pd.concat(parts)
+    return {
+        "model": list(frame["model"]),
+        "against": [COMBINED[kind] for kind in frame["attack"]],
+        "images": [f"{n:,}" for n in frame["n"]],
+        "stand under it": [f"{n:,}" for n in frame["stronger"]],
+        "stand under rapid": [f"{n:,}" for n in frame["rapid"]],
+        "felled by it alone": [str(n) for n in frame["only_stronger"]],
+        "felled by rapid alone": [str(n) for n in frame["only_rapid"]],
+        "rapid's figure is higher by, points": _points(
+            (frame["rapid"] - frame["stronger"]) / frame["n"]
+        ),
+    }
+
+
 # --------------------------------------------------------------------------- seeds and claims
 
 

@@ -33,13 +33,14 @@ from kaf_study.cards import (
     shown_claims,
     shown_means,
     shown_pairs,
+    shown_rapid,
     shown_verdicts,
 )
 from kaf_study.claims import Study, beside_originals, claims_table, means, studies
 from kaf_study.figures import accuracy_robustness_scatter, common_training, save
 from kaf_study.files import make_writable, write_atomically
 from kaf_study.records import read_results
-from kaf_study.tables import model_table, original_table, paired_tests
+from kaf_study.tables import model_table, original_table, paired_tests, rapid_beside_stronger
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
@@ -62,7 +63,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "--into",
         metavar="RESULTS.md",
-        help="rewrites its <!-- table -->, <!-- paired --> and, of several seeds, <!-- claims -->",
+        help="rewrites its <!-- table --> and, where there are results for them, <!-- paired -->, "
+        "<!-- claims --> (over seeds) and <!-- rapid --> (beside stronger attacks)",
     )
     parser.add_argument(
         "--answer", metavar="README.md", help="rewrites its <!-- answer -->: means over seeds"
@@ -114,6 +116,8 @@ def run(arguments: Namespace) -> None:
             put_table_into(arguments.into, markdown_pairs(*tests), "paired")
         if studied:
             put_table_into(arguments.into, markdown_of(studied), "claims")
+        if len(beside := rapid_beside_stronger(table.attrs["chosen"])):
+            put_table_into(arguments.into, markdown(shown_rapid(beside)), "rapid")
     if arguments.answer:
         found = [one.study for one in studied] or studies(results, kind)
         put_table_into(arguments.answer, answer(found), "answer")

@@ -253,6 +253,39 @@ def below_pgd(chosen: Mapping[str, pd.DataFrame], kind: str) -> list[float]:
     return found
 
 
+def rapid_beside_stronger(chosen: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """`rapid`'s verdicts and those of the suite and of AutoAttack, on the images of both.
+
+    Args:
+        chosen: of `chosen_results`.
+
+    Returns:
+        DataFrame, a row for each network and stronger attack: model, attack (of `KINDS`), n
+        (images), stronger and rapid (how many stand), only_stronger and only_rapid (how many that
+        attack alone felled). Empty where no network has both.
+    """
+    rows = []
+    rapid = chosen.get("rapid", pd.DataFrame())
+    for kind in ("suite", "autoattack"):
+        other = chosen.get(kind, pd.DataFrame())
+        for folder in rapid.index.intersection(other.index):
+            stands = [Evaluation.read(of.loc[folder, "path"]).is_robust for of in (other, rapid)]
+            n = min(map(len, stands))
+            stronger, quick = (stand[:n] for stand in stands)
+            rows.append(
+                {
+                    "model": rapid.loc[folder, "model"] or Path(folder).name,
+                    "attack": kind,
+                    "n": n,
+                    "stronger": int(stronger.sum()),
+                    "rapid": int(quick.sum()),
+                    "only_stronger": int((quick & ~stronger).sum()),
+                    "only_rapid": int((stronger & ~quick).sum()),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def label_protocols(chosen: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """What an attack without labels adds to PGD's figure, image by image; one row per model.
 
