@@ -1,6 +1,6 @@
 """What speed and memory are: ratios in one run, the sides alternating.
 
-    python benchmarks/run.py [layer|step|attack|all] [--quick] [--out benchmarks/results.json]
+    python benchmarks/run.py [layer|step|gradient|attack|all] [--quick] [--out results.json]
 
 Every comparison calls its sides in turn (A B C A B C ...), so that whatever else the machine does
 falls on all of them; medians over rounds, the spread is the interquartile range, ratios are medians
@@ -31,7 +31,7 @@ from kaf_study.records import hardware, make_writable, versions, write_atomicall
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 QUICK_RESULTS = HERE.parent / "runs" / "benchmarks_quick.json"  # never mixed with real ones
-SECTIONS = ("layer", "step", "attack")
+SECTIONS = ("layer", "step", "gradient", "attack")
 
 
 # --------------------------------------------------------------------------- measuring
@@ -317,22 +317,22 @@ def random_batch(batch_size):
     return x, generator.integers(0, 10, batch_size)
 
 
-class TorchStep:
-    """The ResNet20 step of benchmarks/torch_resnet20.py in a process of its own, kept alive.
+class TorchSide:
+    """The ResNet20 of benchmarks/torch_resnet20.py in a process of its own, kept alive.
 
     TensorFlow and PyTorch in one process share neither threads nor their libraries peacefully. The
     worker sleeps on a pipe while TensorFlow is measured, and the other way round.
     """
 
-    def __init__(self, activation, batch_size):
-        command = [sys.executable, HERE / "torch_resnet20.py", activation, str(batch_size)]
+    def __init__(self, what, activation, batch_size):
+        command = [sys.executable, HERE / "torch_resnet20.py", what, activation, str(batch_size)]
         self.worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.version = self._answer()
 
     def __call__(self):
-        print("step", file=self.worker.stdin, flush=True)
+        print("again", file=self.worker.stdin, flush=True)
         self._answer()
 
     def _answer(self):
@@ -346,41 +346,89 @@ class TorchStep:
         self.worker.wait()
 
 
-def step(quick, arguments):
+def torch_sides(what, activations, batch_size):
+    """{"swish, PyTorch": side}; {} where torch is not installed."""
     from importlib.util import find_spec
 
+    if not find_spec("torch"):
+        print("torch is not installed: the comparison with PyTorch is left out")
+        return {}
+    return {f"{name}, PyTorch": TorchSide(what, name, batch_size) for name in activations}
+
+
+def measure_beside_torch(sides, theirs, rounds, warm_up):
+    """`alternate` of ours and theirs; (times, what of the section compares them)."""
+    try:
+        times = alternate(sides | theirs, rounds, warm_up=warm_up)
+    finally:
+        for side in theirs.values():
+            side.close()
+    if not theirs:
+        return times, {}
+    names = [name.split(",")[0] for name in theirs]
+    to_theirs = {name: ratio(times, name, f"{name}, PyTorch") for name in names}
+    return times, {"to PyTorch": to_theirs, "torch": next(iter(theirs.values())).version}
+
+
+def step(quick, arguments):
     batch_size = 4 if quick else 128
     rounds = arguments.rounds or (2 if quick else 11)
     section = {"batch_size": batch_size}
     for architecture in ("resnet20",) if quick else ("resnet20", "vgg"):
         activations = ["swish", "kaf"] if quick else STEP_ACTIVATIONS
         sides = {name: keras_step(architecture, name, batch_size) for name in activations}
-        torch_sides = {}
+        theirs = {}
         if architecture == "resnet20":
             for name in HALF_STEPS[:1] if quick else HALF_STEPS:
                 activation, precision = name.split(", ")
                 sides[name] = keras_step(architecture, activation, batch_size, precision)
-            if find_spec("torch"):
-                for name in ("swish",) if quick else ("relu", "swish"):
-                    torch_sides[f"{name}, PyTorch"] = TorchStep(name, batch_size)
-            else:
-                print("torch is not installed: the comparison with PyTorch is left out")
-        try:
-            times = alternate(sides | torch_sides, rounds, warm_up=1 if quick else 3)
-        finally:
-            for side in torch_sides.values():
-                side.close()
+            theirs = torch_sides("step", ("swish",) if quick else ("relu", "swish"), batch_size)
+        times, compared = measure_beside_torch(sides, theirs, rounds, 1 if quick else 3)
         title = f"step of fast adversarial training, {architecture}, batch {batch_size}"
         print_table(title, times, to="swish")
         section[architecture] = {
             "sides": statistics(times),
             "to swish": {name: ratio(times, name, "swish") for name in times},
-        }
-        if torch_sides:
-            section[architecture]["to PyTorch"] = {
-                name.split(",")[0]: ratio(times, name.split(",")[0], name) for name in torch_sides
-            }
-            section[architecture]["torch"] = next(iter(torch_sides.values())).version
+        } | compared
+    return section
+
+
+# --------------------------------------------------------------------------- gradient
+
+
+GRADIENT_SIZES = (17, 64, 128)
+GRADIENT_ACTIVATIONS = ("relu", "swish", "kaf")
+
+
+def keras_gradient(activation, count):
+    """The gradient of the loss in `count` images as attacks take it: folded, in padded batches."""
+    import keras
+
+    from kaf_study.architectures import resnet
+    from kaf_study.attacks.classifier import CompiledClassifier, cross_entropy
+    from kaf_study.attacks.loop import padded_size
+    from kaf_study.fused_layers import inference_twin
+
+    keras.utils.set_random_seed(0)
+    classifier = CompiledClassifier(
+        inference_twin(resnet(activation), random_batch(2)[0]), 10, (32, 32, 3)
+    )
+    is_compiled = classifier.is_compiled_by_shape
+    x, y = random_batch(padded_size(count, max(GRADIENT_SIZES), is_compiled=is_compiled))
+    differentiate = classifier.differentiable(cross_entropy)
+    return lambda: differentiate(x, y)
+
+
+def gradient(quick, arguments):
+    rounds = arguments.rounds or (2 if quick else 21)
+    activations = ("relu", "kaf") if quick else GRADIENT_ACTIVATIONS
+    section = {}
+    for count in (3,) if quick else GRADIENT_SIZES:
+        sides = {name: keras_gradient(name, count) for name in activations}
+        theirs = torch_sides("gradient", ("relu",) if quick else ("relu", "swish"), count)
+        times, compared = measure_beside_torch(sides, theirs, rounds, 1 if quick else 3)
+        print_table(f"gradient of the loss in {count} images, ResNet20", times, to="relu")
+        section[str(count)] = {"sides": statistics(times)} | compared
     return section
 
 
@@ -541,10 +589,20 @@ def end_points(results):
             2,
             most,
         ),
-        ("kaf / swish, ResNet20 step", find(*step_ratio, "kaf", "median"), 1.35, most),
-        ("kaf_free / swish, ResNet20 step", find(*step_ratio, "kaf_free", "median"), 3, most),
+        ("kaf / swish, ResNet20 step", find(*step_ratio, "kaf", "median"), 1.2, most),
+        ("kaf_free / swish, ResNet20 step", find(*step_ratio, "kaf_free", "median"), 1.9, most),
         ("relu, ResNet20 step / PyTorch's", find(*torch, "relu", "median"), 1.1, most),
         ("swish, ResNet20 step / PyTorch's", find(*torch, "swish", "median"), 1.1, most),
+        *(
+            (
+                f"{name}, gradient of {count} images / PyTorch's",
+                find("gradient", str(count), "to PyTorch", name, "median"),
+                1.0,
+                most,
+            )
+            for name in ("relu", "swish")
+            for count in GRADIENT_SIZES
+        ),
         (
             "plain ART / ours, PGD-50-10, 200 images",
             find("attack", "by_n", "200", "speed-up", "median"),
@@ -578,7 +636,7 @@ def parse(argv=None):
     )
     parser.add_argument(
         "section", nargs="?", default="all", choices=(*SECTIONS, "all", "table", "peak-worker"),
-        metavar="layer|step|attack|all|table",
+        metavar="layer|step|gradient|attack|all|table",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
     parser.add_argument("--out", type=Path, help=f"default {RESULTS.relative_to(HERE.parent)}")
@@ -617,7 +675,7 @@ def run(arguments):
     sections = SECTIONS if arguments.section == "all" else (arguments.section,)
     for name in sections:
         began = time.monotonic()
-        measured = {"layer": layer, "step": step, "attack": attack}[name](
+        measured = {"layer": layer, "step": step, "gradient": gradient, "attack": attack}[name](
             arguments.quick, arguments
         )
         results[name] = measured | {

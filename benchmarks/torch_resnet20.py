@@ -1,19 +1,22 @@
-"""The other side of `run.py step`: ResNet20's fast adversarial training step in eager PyTorch.
+"""The other side of `run.py step` and `gradient`: a ResNet20 in eager PyTorch.
 
-    python benchmarks/torch_resnet20.py relu|swish BATCH_SIZE
+    python benchmarks/torch_resnet20.py step|gradient relu|swish BATCH_SIZE
 
 The network of kaf_study.architectures (biases before batch normalisation, 3x3 convolutions of
-stride 2 as skips), channels_last, float32, SGD. Prints its version, then makes one step for each
-line it is sent and answers with the loss.
+stride 2 as skips), channels_last, float32. step: one of fast adversarial training by SGD; gradient:
+of the loss in the images, in inference, batch normalisation folded into the convolutions before it.
+Prints its version, then does so once for each line it is sent and answers with the loss.
 """
 
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 EPSILON, ALPHA = 8 / 255, 10 / 255
 LR, MOMENTUM, L2 = 0.1, 0.9, 2.5e-4  # Keras' l2 has no factor 1/2: weight_decay is twice of it
@@ -62,20 +65,40 @@ def training_step(model, optimizer, x, y):
     return loss.item()
 
 
-def main(activation, batch_size):
+def fold(model):
+    """Batch normalisation behind a convolution alone, not behind a sum, as fused_layers.folded."""
+    model[0], model[1] = fuse_conv_bn_eval(model[0], model[1]), nn.Identity()
+    for block in model:
+        if isinstance(block, Block):
+            block.conv1, block.bn1 = fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
+    return model.requires_grad_(False)
+
+
+def image_gradient(model, x, y):
+    x = x.detach().requires_grad_()
+    loss = F.cross_entropy(model(x), y, reduction="sum")
+    torch.autograd.grad(loss, x)
+    return loss.item()
+
+
+def main(what, activation, batch_size):
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
     model = resnet20({"relu": nn.ReLU(), "swish": nn.SiLU()}[activation])
     model = model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, weight_decay=2 * L2)
+    if what == "gradient":
+        work = partial(image_gradient, fold(model.eval()))
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, weight_decay=2 * L2)
+        work = partial(training_step, model, optimizer)
     generator = np.random.default_rng(0)
     x = torch.from_numpy(generator.random((batch_size, 3, 32, 32), "float32"))
     x = x.to(memory_format=torch.channels_last)
     y = torch.from_numpy(generator.integers(0, 10, batch_size))
     print(torch.__version__, flush=True)
     for _ in sys.stdin:
-        print(training_step(model, optimizer, x, y), flush=True)
+        print(work(x, y), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
