@@ -558,3 +558,8 @@ def test_other_types_take_the_plain_formula(dtype):
     x, alpha = tf.constant(normal(5, 4), dtype), tf.constant(normal(D, 4, seed=1), dtype)
     assert fast(x, alpha).dtype == dtype
     np.testing.assert_array_equal(fast(x, alpha), plain(x, alpha))
+    dictionary = tf.linspace(tf.cast(-3, dtype), tf.cast(3, dtype), D)[:, None] + x[:1]
+    gamma = tf.fill((4,), tf.cast(GAMMA, dtype))
+    moving = moving_gaussian_expansion(x, alpha, dictionary, gamma)
+    assert moving.dtype == dtype
+    np.testing.assert_array_equal(moving, plain_expansion(x, alpha, dictionary, gamma))
