@@ -364,6 +364,28 @@ def test_ridge_starts_are_drawn_over_their_targets():
     assert len(figure.axes[0].lines) == 6
 
 
+def test_derivatives_stand_beside_their_functions():
+    keras.utils.set_random_seed(0)
+    kaf = Kaf(alpha_initializer=keras.initializers.RandomNormal(stddev=0.5))
+    kaf.build((None, 2))
+    layers = {name: keras.layers.Activation(name) for name in ("relu", "swish")}
+    figure = figures.functions_and_derivatives(layers | {"kaf": kaf})
+    left, right = ({line.get_label(): line for line in ax.lines} for ax in figure.axes)
+    assert set(left) == set(right) == {"ReLU", "Swish", "KAF"}
+    x, slope = right["ReLU"].get_data()
+    np.testing.assert_array_equal(slope[x < -0.02], 0)
+    np.testing.assert_array_equal(slope[x > 0.02], 1)
+    assert np.isnan(slope).sum() == 1  # the jump is not drawn as a line
+    sigmoid = 1 / (1 + np.exp(-x))
+    np.testing.assert_allclose(
+        right["Swish"].get_ydata(), sigmoid * (1 + x * (1 - sigmoid)), atol=1e-5
+    )
+    mean = activation_values(kaf, x).mean(axis=1)
+    np.testing.assert_allclose(left["KAF"].get_ydata(), mean, atol=1e-6)
+    np.testing.assert_allclose(right["KAF"].get_ydata(), np.gradient(mean, x), atol=0.02)
+    assert to_hex(left["KAF"].get_color()) == ACTIVATION_COLORS["kaf"].lower()
+
+
 def test_image_rows_have_one_image_in_each_place():
     images = np.random.default_rng(0).random((3, 4, 4, 3))
     figure = figures.image_rows({"one": images, "two": images[:2]}, ["a", "b", "c"])

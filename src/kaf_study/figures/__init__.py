@@ -18,6 +18,7 @@ from kaf_study.figures.insights import (
     movement_and_robustness,
 )
 from kaf_study.figures.kafs import (
+    functions_and_derivatives,
     initial_network,
     kaf_layers,
     kaf_shapes,
@@ -45,6 +46,7 @@ __all__ = [
     "by_layer",
     "common_training",
     "curvature_and_robustness",
+    "functions_and_derivatives",
     "image_rows",
     "initial_network",
     "kaf_layers",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_COLORS, ACTIVATION_LABELS, STUDIED
-from kaf_study.figures.style import color_of
+from kaf_study.figures.style import color_of, labelled, shared_legend
 from kaf_study.model_folder import TrainedModel
 
 if TYPE_CHECKING:  # loaded when a network is looked at
@@ -271,3 +271,43 @@ def _draw_ridge_start(ax: Axes, layer, x: NDArray, target: str) -> None:
     ax.set_ylim(low - 0.5, high + 0.5)
     ax.set_title(f"ridge start: {target}; terms up to {np.abs(terms).max():.0f}", fontsize=10)
     ax.legend(frameon=False, fontsize=8)
+
+
+# --------------------------------------------------------------------------- derivatives
+
+
+def functions_and_derivatives(
+    layers: Mapping[str, "keras.layers.Layer"], *, limit: float = 4.0
+) -> Figure:
+    """Activations and their first derivatives, side by side.
+
+    Args:
+        layers: {label: activation layer}, built for one channel or for any, labels as in
+            `by_layer`; a Kaf of several channels is drawn by the mean of its functions.
+        limit: of x.
+    """
+    x = np.linspace(-limit, limit, 2 * 200)  # not at 0, where ReLU has no derivative
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for one in labelled(layers):
+        for ax, values in zip((left, right), value_and_derivative(one.data, x), strict=True):
+            values = np.where(np.abs(np.diff(values, append=values[-1])) > 0.5, np.nan, values)
+            ax.plot(x, values, color=one.color, lw=1.5, label=one.label)  # a jump is no line
+    for ax, name in ((left, "g(x)"), (right, "g'(x)")):
+        ax.set_xlabel("pre-activation x")
+        ax.set_ylabel(name)
+        ax.grid(alpha=0.25)
+    shared_legend(figure)
+    return figure
+
+
+def value_and_derivative(layer: "keras.layers.Layer", x: NDArray) -> tuple[NDArray, NDArray]:
+    """g(x) and g'(x), (N,) each, at the points x (N,); the mean over the channels of a Kaf."""
+    import tensorflow as tf
+
+    channels = layer.alpha.shape[-1] if hasattr(layer, "alpha") else 1
+    points = tf.constant(np.repeat(np.asarray(x, np.float32)[:, None], channels, axis=1))
+    with tf.GradientTape() as tape:
+        tape.watch(points)
+        values = layer(points)
+    slopes = tape.gradient(values, points)
+    return np.mean(values, axis=1), np.mean(slopes, axis=1)
