@@ -12,6 +12,7 @@ FIXED = "fixed activation"
 RANDOM_KAF = "KAF, random start"
 RIDGE_KAF = "KAF, ridge start"
 KAF_ON_BASE = "KAF on a fixed activation"
+FROZEN_KAF = "KAF, frozen shapes"
 KWTA = "k-WTA"
 
 
@@ -74,6 +75,8 @@ STUDIED: Mapping[str, StudiedActivation] = MappingProxyType(
         "kaf_on_relu": StudiedActivation("KAF_on_ReLU", "#AA4499", KAF_ON_BASE, base="relu"),
         "kaf_on_elu": StudiedActivation("KAF_on_ELU", "#999933", KAF_ON_BASE, base="elu"),
         "kaf_on_swish": StudiedActivation("KAF_on_Swish", "#332288", KAF_ON_BASE, base="swish"),
+        # of a network trained before (kaf_study.transplant), not a layer of its own
+        "kaf_frozen": StudiedActivation("KAF_Frozen", "#117733", FROZEN_KAF),
         "kwta": StudiedActivation("k-WTA", "#999999", KWTA),
     }
 )  # fmt: skip
@@ -91,6 +94,10 @@ def kind_of(activation: str | None) -> str:
 
 
 def is_kaf(activation: str | None) -> bool:
+    return is_trained_kaf(activation) or kind_of(activation) == FROZEN_KAF
+
+
+def is_trained_kaf(activation: str | None) -> bool:
     return kind_of(activation) in (RANDOM_KAF, RIDGE_KAF, KAF_ON_BASE)
 
 

@@ -12,7 +12,14 @@ import numpy as np
 import pandas as pd
 
 from kaf_study import InputError
-from kaf_study.activations import KAF_ON_BASE, KWTA, RIDGE_KAF, STUDIED, is_kaf
+from kaf_study.activations import (
+    FROZEN_KAF,
+    KAF_ON_BASE,
+    KWTA,
+    RIDGE_KAF,
+    STUDIED,
+    is_trained_kaf,
+)
 from kaf_study.model_folder import TrainedModel, with_training
 from kaf_study.paired import LEVEL
 from kaf_study.seeds import (
@@ -66,8 +73,9 @@ def _against_base(kind: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, row.base) for name, row in STUDIED.items() if row.kind == kind and row.base)
 
 
-KAFS = [name for name in STUDIED if is_kaf(name)]
-COMPARED = [name for name, row in STUDIED.items() if row.kind != KWTA]  # k-WTA is no defence
+KAFS = [name for name in STUDIED if is_trained_kaf(name)]
+# k-WTA is no defence, frozen shapes have a claim of their own.
+COMPARED = [name for name, row in STUDIED.items() if row.kind not in (KWTA, FROZEN_KAF)]
 SMOOTH = [name for name in COMPARED if name not in ("relu", "kaf_on_relu")]  # no kink
 CLAIMS = (
     Claim(
@@ -81,6 +89,14 @@ CLAIMS = (
     Claim("A KAF that starts as X is more robust than X", "robust", _against_base(RIDGE_KAF)),
     Claim("A moving dictionary is more robust than a fixed one", "robust", (("kaf_free", "kaf"),)),
     Claim("A KAF on X is more robust than X", "robust", _against_base(KAF_ON_BASE)),
+    Claim(
+        "Learned shapes, frozen, are more robust than Swish", "robust", (("kaf_frozen", "swish"),)
+    ),
+    Claim(
+        "A KAF that trains is more robust than its shapes frozen",
+        "robust",
+        (("kaf_swish", "kaf_frozen"),),
+    ),
 )
 
 

@@ -119,7 +119,8 @@ def run(arguments: Namespace) -> None:
         if len(beside := rapid_beside_stronger(table.attrs["chosen"])):
             put_table_into(arguments.into, markdown(shown_rapid(beside)), "rapid")
     if arguments.answer:
-        found = [one.study for one in studied] or studies(results, kind)
+        found = [(one.study, one.means) for one in studied]
+        found = found or [(study, means(study)) for study in studies(results, kind)]
         put_table_into(arguments.answer, answer(found), "answer")
     if arguments.cards:
         make_writable(Path(arguments.cards).parent)
@@ -170,12 +171,12 @@ def markdown_of(studied: list[StudyTables]) -> str:
     return "\n\n".join(parts)
 
 
-def answer(found: list[Study]) -> str:
-    """Of the study with most networks."""
+def answer(found: list[tuple[Study, pd.DataFrame]]) -> str:
+    """Of the study with most networks; each with its `claims.means`."""
     if not found:
         raise InputError("--answer needs models trained here, with their training.json")
-    largest = max(found, key=lambda study: len(study.models))
-    return markdown(shown_answer(means(largest), largest.architecture))
+    largest, averages = max(found, key=lambda pair: len(pair[0].models))
+    return markdown(shown_answer(averages, largest.architecture))
 
 
 def write(

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from kaf_study import CommandParser, InputError
-from kaf_study.activations import ACTIVATION_LABELS, STUDIED
+from kaf_study.activations import ACTIVATION_LABELS, STUDIED, is_trained_kaf
 
 OPTIMIZERS = ("sgd", "adam")
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")  # Keras' dtype policies
@@ -96,6 +96,7 @@ class TrainConfig:
     ema_momentum: float | None = None  # of a running mean of the weights, which is what is saved
     ema_warm: bool = False  # the running mean soon forgets the first weights; SGD only
     dictionary_size: int = DICTIONARY_SIZE  # D of the KAFs
+    shapes_of: str | None = None  # model folder whose learned shapes kaf_frozen has
     kwta_anneal_from: int | None = None  # epoch from which k-WTA's ratio falls from 0.30 ...
     kwta_anneal_every: int = 2  # ... by 0.01 every so many epochs, to 0.15 if they are enough
     precision: str = "float32"  # what the layers compute in; weights and logits are float32
@@ -141,6 +142,11 @@ class TrainConfig:
                 raise InputError(f"{name} lies in 0 to 100; received {getattr(self, name)}.")
         if not (self.ema_momentum is None or 0 < self.ema_momentum < 1):
             raise InputError(f"ema_momentum lies in (0, 1); received {self.ema_momentum}.")
+        if self.activation == "kaf_frozen" and self.shapes_of is None:
+            raise InputError(
+                "kaf_frozen has the learned shapes of a trained network; name its model folder "
+                "by shapes_of."
+            )
         self._refuse_unused()
 
     def _refuse_unused(self) -> None:
@@ -156,7 +162,8 @@ class TrainConfig:
             ("pairing_ramp", self.pairing > 0, "together with pairing"),
             ("nesterov", is_sgd, "for sgd"),
             ("ema_warm", has_warm_mean, "for sgd, together with ema_momentum"),
-            ("dictionary_size", self.activation.startswith("kaf"), "for KAFs"),
+            ("dictionary_size", is_trained_kaf(self.activation), "for KAFs that are trained"),
+            ("shapes_of", self.activation == "kaf_frozen", "for kaf_frozen"),
             ("kernel_initializer", self.architecture.startswith("resnet"), "for ResNets"),
             ("kwta_anneal_from", is_kwta and begins, "for kwta, an epoch before the last"),
             ("kwta_anneal_every", is_kwta and begins, "together with kwta_anneal_from"),
@@ -198,6 +205,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         add(f"--{name}", action=argparse.BooleanOptionalAction, help="instead of the recipe's")
     add("--kernel-initializer", help=f"instead of the recipe's: {', '.join(INITIALIZERS)}")
     add("--dictionary-size", type=int, default=defaults.dictionary_size, help="D of the KAFs (20)")
+    add("--shapes-of", metavar="FOLDER", help="kaf_frozen: model folder whose shapes it has")
     add("--kwta-anneal-from", type=int, help="epoch from which k-WTA's ratio falls from 0.30")
     add(
         "--kwta-anneal-every",

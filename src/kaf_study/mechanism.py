@@ -22,7 +22,7 @@ from kaf_study.activations import (
     ACTIVATION_LABELS,
     STUDIED,
     WITHOUT_CURVATURE,
-    is_kaf,
+    is_trained_kaf,
     kind_of,
 )
 from kaf_study.cards import COMBINED, console, markdown, put_table_into
@@ -195,7 +195,7 @@ def shown(means: pd.DataFrame) -> dict[str, list[str]]:
 def conclusions(networks: pd.DataFrame) -> tuple[str, str]:
     """What the table says of shapes, and of robustness, in sentences made of its figures."""
     means = by_activation(networks)
-    learned = means[[is_kaf(name) for name in means.index]]
+    learned = means[[is_trained_kaf(name) for name in means.index]]
     shapes = "With fewer than two learned activations there are none to become alike."
     if len(learned) > 1:
         (low, high), (low_after, high_after) = (

@@ -116,6 +116,7 @@ class TrainingRecord(Struct):
     versions: dict[str, str] | UnsetType = UNSET
     hardware: str | UnsetType = UNSET
     model_sha256: str | UnsetType = UNSET
+    shapes_sha256: str | UnsetType = UNSET  # of the model.keras in settings.shapes_of
     processes: list[ProcessRecord] | UnsetType = UNSET
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from kaf_study import InputError
-from kaf_study.activations import ACTIVATION_LABELS, STUDIED, is_kaf
+from kaf_study.activations import ACTIVATION_LABELS, STUDIED, is_trained_kaf
 from kaf_study.cards import shown_claims, shown_means, shown_pairs, told_apart
 from kaf_study.claims import Study, beside_originals, claims_table, means
 from kaf_study.latex import Report, listed, points, span, tabular
@@ -52,7 +52,7 @@ def answers(
     report: Report, name: str, above: Mapping[str, Sequence[str]], tested: Sequence[str]
 ) -> None:
     """Two sentences, of above: {"relu": what is above ReLU, "swish": what Swish is above}."""
-    kafs = [a for a in tested if is_kaf(a)]
+    kafs = [a for a in tested if is_trained_kaf(a)]
     better = [ACTIVATION_LABELS[a] for a in kafs if a in above["relu"]]
     worse = [ACTIVATION_LABELS[a] for a in tested if a in above["swish"]]
     report.numbers |= {

@@ -29,6 +29,7 @@ from kaf_study.fused_layers import fused
 from kaf_study.lr_policy import TriangularCycle, WarmMeanSGD
 from kaf_study.model_folder import ModelFolder
 from kaf_study.records import hardware, versions
+from kaf_study.transplant import network_of_shapes, shapes_sha256
 
 __all__ = ["TrainConfig", "build_network", "build_trainer", "recipe", "train"]
 
@@ -126,6 +127,8 @@ def build_network(config: TrainConfig) -> keras.Model:
     kwargs: dict[str, Any] = {}
     if config.architecture.startswith("resnet"):
         kwargs = {"l2": config.l2, "kernel_initializer": config.kernel_initializer}
+    if config.shapes_of is not None:
+        return network_of_shapes(config.architecture, config.shapes_of, **kwargs)
     changed: dict[str, Any] = {}
     if config.activation.startswith("kaf") and config.dictionary_size != DICTIONARY_SIZE:
         changed = {"D": config.dictionary_size}
@@ -325,7 +328,8 @@ def record_of(
     config: TrainConfig, results: dict[str, Any], dataset: dict[str, Any], checkpoint: Checkpoint
 ) -> dict[str, Any]:
     """training.json (`records.TrainingRecord`), but for the hash of the model's file."""
-    return {
+    shapes = {"shapes_sha256": shapes_sha256(config.shapes_of)} if config.shapes_of else {}
+    return shapes | {
         "settings": asdict(config),
         "results": results,
         "dataset": dataset,

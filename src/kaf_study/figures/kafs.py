@@ -39,6 +39,8 @@ def layer_activation(layer: "keras.layers.Layer") -> str:
         return _function_name(layer.activation)
     if layer.moving:
         return "kaf_free"
+    if not layer.trainable:
+        return "kaf_frozen"
     if getattr(layer, "base", None) is not None:
         return f"kaf_on_{_function_name(layer.base)}"
     name = f"kaf_{_function_name(layer.ridge)}"

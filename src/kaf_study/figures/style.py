@@ -14,6 +14,7 @@ from kaf_study.activations import (
     ACTIVATION_COLORS,
     ACTIVATION_LABELS,
     FIXED,
+    FROZEN_KAF,
     KAF_ON_BASE,
     KWTA,
     OTHER_COLOR,
@@ -30,6 +31,7 @@ MARKERS = {  # kind of activation -> marker, size
     RANDOM_KAF: ("P", 11),
     RIDGE_KAF: ("X", 10),
     KAF_ON_BASE: ("^", 9),
+    FROZEN_KAF: ("v", 9),
     KWTA: ("o", 8),
     "other": ("s", 7),
 }
