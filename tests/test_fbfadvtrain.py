@@ -744,10 +744,23 @@ def test_probe_has_images_in_the_range_of_the_model():
         probe.on_train_begin()
         rows.append(probe.measure())
     assert rows[0] == rows[1] and rows[0][0]["probe_fgsm"] < rows[0][0]["probe_clean"]
-    probe = RobustnessProbe(x, y)
-    probe.set_model(model)
-    with pytest.raises(ValueError, match="must lie in"):
-        probe.on_train_begin()
+    unit = x.astype("float32") / 255
+    for wrong in (x, unit + 0.5, unit - 0.5):
+        probe = RobustnessProbe(wrong, y)
+        probe.set_model(model)
+        with pytest.raises(ValueError, match="must lie in"):
+            probe.on_train_begin()
+
+
+def test_pgd_attacks_the_model_in_inference():
+    def model(x, training):  # what raises the loss in training lowers it in inference
+        return tf.reshape(x, (-1, 12))[:, :2] * (-1.0 if training else 1.0)
+
+    x = tf.fill((1, 2, 2, 3), 0.5)
+    x_adv = fbfadvtrain.pgd(
+        model, CROSS_ENTROPY, x, tf.constant([0]), start=x, epsilon=0.1, alpha=0.04, steps=4
+    )
+    np.testing.assert_allclose(np.ravel(x_adv), [0.4, 0.6, *[0.5] * 10], atol=1e-6)
 
 
 def test_other_callbacks_see_the_probe(tmp_path):
