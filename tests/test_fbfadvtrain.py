@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from functools import partial
 
 import keras
 import numpy as np
@@ -732,20 +733,26 @@ def test_probe_serves_losses_of_numbers_and_of_one_hot_rows_alike():
 def test_probe_has_images_in_the_range_of_the_model():
     x, y = np.round(255 * images(40)).astype("uint8"), labels(40)
     rows = []
-    for given, scale in ((x, 255), (x.astype("float32") / 255, 1)):
+    unit_images = x.astype("float32") / 255
+    trainer = FastBetterFreeTrainedModel
+    for given, scale, kind in (
+        (x, 255, partial(trainer, pixel_range=(0, 255))),
+        (unit_images, 1, partial(trainer, pixel_range=(0, 1))),
+        (unit_images, 1, keras.Model),  # which does not say; [0, 1] is meant
+    ):
         keras.utils.set_random_seed(0)
         inputs = keras.Input(SHAPE)
         unit = keras.layers.Rescaling(1 / scale)(inputs)
-        outputs = keras.layers.Dense(2)(keras.layers.Flatten()(unit))
-        model = FastBetterFreeTrainedModel(inputs, outputs, pixel_range=(0, scale))
+        dense = keras.layers.Dense(2, bias_initializer=keras.initializers.Constant([0.2, -0.2]))
+        model = kind(inputs, dense(keras.layers.Flatten()(unit)))
         model.compile("sgd", CROSS_ENTROPY)
         probe = RobustnessProbe(given, y, epsilon=EPS)
         probe.set_model(model)
         probe.on_train_begin()
         rows.append(probe.measure())
-    assert rows[0] == rows[1] and rows[0][0]["probe_fgsm"] < rows[0][0]["probe_clean"]
-    unit = x.astype("float32") / 255
-    for wrong in (x, unit + 0.5, unit - 0.5):
+    assert rows[0][0] == rows[1][0] == rows[2][0]
+    assert rows[0][0]["probe_fgsm"] < rows[0][0]["probe_clean"]
+    for wrong in (x, unit_images + 0.5, unit_images - 0.5):
         probe = RobustnessProbe(wrong, y)
         probe.set_model(model)
         with pytest.raises(ValueError, match="must lie in"):
