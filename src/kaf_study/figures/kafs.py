@@ -279,21 +279,23 @@ def _draw_ridge_start(ax: Axes, layer, x: NDArray, target: str) -> None:
 
 
 def functions_and_derivatives(
-    layers: Mapping[str, "keras.layers.Layer"], *, limit: float = 4.0
+    layers: Mapping[str, "keras.layers.Layer"], *, channel: int = 0, limit: float = 4.0
 ) -> Figure:
     """Activations and their first derivatives, side by side.
 
     Args:
-        layers: {label: activation layer}, built for one channel or for any, labels as in
-            `by_layer`; a Kaf of several channels is drawn by the mean of its functions.
+        layers: {label: activation layer}, labels as in `by_layer`.
+        channel: which of a Kaf's functions is drawn.
         limit: of x.
     """
     x = np.linspace(-limit, limit, 2 * 200)  # not at 0, where ReLU has no derivative
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for one in labelled(layers):
-        for ax, values in zip((left, right), value_and_derivative(one.data, x), strict=True):
+    for number, one in enumerate(labelled(layers)):
+        curves = value_and_derivative(one.data, x, channel)
+        width = max(1.2, 3.4 - 0.8 * number)  # what lies below another line is seen
+        for ax, values in zip((left, right), curves, strict=True):
             values = np.where(np.abs(np.diff(values, append=values[-1])) > 0.5, np.nan, values)
-            ax.plot(x, values, color=one.color, lw=1.5, label=one.label)  # a jump is no line
+            ax.plot(x, values, color=one.color, lw=width, label=one.label)  # a jump is no line
     for ax, name in ((left, "g(x)"), (right, "g'(x)")):
         ax.set_xlabel("pre-activation x")
         ax.set_ylabel(name)
@@ -302,8 +304,10 @@ def functions_and_derivatives(
     return figure
 
 
-def value_and_derivative(layer: "keras.layers.Layer", x: NDArray) -> tuple[NDArray, NDArray]:
-    """g(x) and g'(x), (N,) each, at the points x (N,); the mean over the channels of a Kaf."""
+def value_and_derivative(
+    layer: "keras.layers.Layer", x: NDArray, channel: int = 0
+) -> tuple[NDArray, NDArray]:
+    """g(x) and g'(x), (N,) each, at the points x (N,), of one channel of a Kaf."""
     import tensorflow as tf
 
     channels = layer.alpha.shape[-1] if hasattr(layer, "alpha") else 1
@@ -312,4 +316,5 @@ def value_and_derivative(layer: "keras.layers.Layer", x: NDArray) -> tuple[NDArr
         tape.watch(points)
         values = layer(points)
     slopes = tape.gradient(values, points)
-    return np.mean(values, axis=1), np.mean(slopes, axis=1)
+    place = channel if channels > 1 else 0
+    return np.asarray(values)[:, place], np.asarray(slopes)[:, place]
