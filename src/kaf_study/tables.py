@@ -3,11 +3,12 @@
 Read from result files alone. `cards` puts these tables into words.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from kaf_study import InputError
 from kaf_study.activations import STUDIED
@@ -245,12 +246,17 @@ def below_pgd(chosen: Mapping[str, pd.DataFrame], kind: str) -> list[float]:
         chosen: of `chosen_results`. kind: of `KINDS`, with true labels.
     """
     pgd, other = (chosen.get(name, pd.DataFrame()) for name in ("pgd_true", kind))
-    found = []
-    for folder in other.index.intersection(pgd.index):
-        robust = [Evaluation.read(rows.loc[folder, "path"]).is_robust for rows in (pgd, other)]
-        n = min(map(len, robust))
-        found.append(float(robust[0][:n].mean() - robust[1][:n].mean()))
-    return found
+    return [float(a.mean() - b.mean()) for _, a, b in _stand_under_both(pgd, other)]
+
+
+def _stand_under_both(
+    first: pd.DataFrame, second: pd.DataFrame
+) -> Iterator[tuple[str, NDArray[np.bool_], NDArray[np.bool_]]]:
+    """(folder, which images stand under one attack, and the other), on the images of both."""
+    for folder in second.index.intersection(first.index):
+        stand = [Evaluation.read(rows.loc[folder, "path"]).is_robust for rows in (first, second)]
+        n = min(map(len, stand))
+        yield folder, stand[0][:n], stand[1][:n]
 
 
 def rapid_beside_stronger(chosen: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -268,15 +274,12 @@ def rapid_beside_stronger(chosen: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     rapid = chosen.get("rapid", pd.DataFrame())
     for kind in ("suite", "autoattack"):
         other = chosen.get(kind, pd.DataFrame())
-        for folder in rapid.index.intersection(other.index):
-            stands = [Evaluation.read(of.loc[folder, "path"]).is_robust for of in (other, rapid)]
-            n = min(map(len, stands))
-            stronger, quick = (stand[:n] for stand in stands)
+        for folder, stronger, quick in _stand_under_both(other, rapid):
             rows.append(
                 {
                     "model": rapid.loc[folder, "model"] or Path(folder).name,
                     "attack": kind,
-                    "n": n,
+                    "n": len(quick),
                     "stronger": int(stronger.sum()),
                     "rapid": int(quick.sum()),
                     "only_stronger": int((quick & ~stronger).sum()),

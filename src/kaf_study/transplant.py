@@ -17,6 +17,10 @@ from kaf_study.files import file_sha256
 from kaf_study.model_folder import ModelFolder, TrainedModel
 
 
+def _kafs(model):
+    return [layer for layer in model.layers if isinstance(layer, Kaf)]
+
+
 def mean_shapes(model: keras.Model) -> list[NDArray[np.float32]]:
     """The mean over channels of each Kaf layer's functions, first to last: coefficients (D,).
 
@@ -25,7 +29,7 @@ def mean_shapes(model: keras.Model) -> list[NDArray[np.float32]]:
     Raises:
         InputError: the model has no Kaf layers, or they have dictionaries of their own.
     """
-    layers = [layer for layer in model.layers if isinstance(layer, Kaf)]
+    layers = _kafs(model)
     if not layers or any(layer.moving for layer in layers):
         raise InputError(
             f"{model.name!r} has {'moving dictionaries' if layers else 'no Kaf layers'}: there are "
@@ -49,13 +53,12 @@ def network_of_shapes(architecture: str, shapes_of: Path | str, **kwargs) -> ker
         )
     trained = keras.models.load_model(ModelFolder(source.folder).model, compile=False)
     shapes = mean_shapes(trained)
-    config = next(layer for layer in trained.layers if isinstance(layer, Kaf)).get_config()
+    config = _kafs(trained)[0].get_config()
     # The start is given below; what the trained one started as says nothing of these.
     del config["name"]
     config |= {"ridge": None, "alpha_initializer": "zeros"}
     network = build(architecture, lambda: Kaf.from_config(config), **kwargs)
-    layers = [layer for layer in network.layers if isinstance(layer, Kaf)]
-    for layer, shape in zip(layers, shapes, strict=True):
+    for layer, shape in zip(_kafs(network), shapes, strict=True):
         layer.alpha.assign(np.repeat(shape[:, None], layer.alpha.shape[1], axis=1))
         layer.trainable = False
     return network
