@@ -1,7 +1,10 @@
 """Every notebook runs from top to bottom in a fresh kernel, at its quick setting."""
 
 import ast
+import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -52,6 +55,67 @@ def test_notebook_is_as_a_reader_expects_it(path):
     assert not any(output.output_type == "error" for output in outputs)
     text = nbformat.writes(notebook)
     assert os.path.expanduser("~") + "/" not in text
+
+
+def set_up(address=""):
+    """The first cell, one and the same in all notebooks, with that address filled in."""
+    notebooks = [nbformat.read(path, as_version=4) for path in NOTEBOOKS.glob("*.ipynb")]
+    (source,) = {code_cells(notebook)[0].source for notebook in notebooks}
+    before, after = source.split('REPOSITORY = ""')
+    return f'{before}REPOSITORY = "{address}"{after}'
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """What a notebook's first cell runs, in an empty folder without the project; clones appear."""
+    run = []
+
+    def runs(command, check):
+        assert check  # what fails ends the cell
+        run.append(command)
+        if command[0] == "git":
+            (tmp_path / command[-1] / "notebooks").mkdir(parents=True)
+
+    monkeypatch.setattr(subprocess, "run", runs)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def test_set_up_of_a_notebook_alone_fetches_and_installs(commands, tmp_path):
+    exec(set_up("somewhere"), {})
+    cloned, installed = commands
+    assert cloned[:2] == ["git", "clone"] and "somewhere" in cloned
+    assert installed[0] == sys.executable and installed[-1] == "..[study]"
+    assert Path.cwd() == tmp_path / cloned[-1] / "notebooks"
+    assert sys.path[0] == str(tmp_path / cloned[-1] / "src")
+
+
+def test_set_up_after_a_restart_takes_the_clone_that_is_there(commands, tmp_path, monkeypatch):
+    exec(set_up("somewhere"), {})
+    here = Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    exec(set_up(), {})
+    assert len(commands) == 2 and Path.cwd() == here
+
+
+def test_set_up_in_a_clone_installs_that_and_does_nothing_after(commands, tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    exec(set_up(), {})
+    assert [command[-1] for command in commands] == ["..[study]"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    exec(set_up(), {})
+    assert len(commands) == 1 and Path.cwd() == tmp_path / "notebooks"
+
+
+def test_set_up_without_an_address_says_what_to_do(commands):
+    with pytest.raises(SystemExit, match="REPOSITORY"):
+        exec(set_up(), {})
+    assert not commands
 
 
 def test_all_notebooks_are_listed():
