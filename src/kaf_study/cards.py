@@ -64,7 +64,6 @@ def shown(table: pd.DataFrame) -> dict[str, list[str]]:
         cells["published clean"] = plain("published_accuracy", "{:.2f}", 100)
         cells["published robust*"] = plain("published_robustness", "{:.2f}", 100)
     if table["epochs"].notna().any():  # of a training of ours
-        cells["s per epoch"] = plain("seconds_per_epoch", "{:.0f}")
         cells["epochs"] = plain("epochs", "{:.0f}")
         cells["parameters"] = plain("parameters", "{:,.0f}")
     return cells

@@ -97,7 +97,7 @@ def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame)
         raise InputError("PGD with true and with predicted labels is needed; see RESULTS.md")
     labels = {str(f): name for f, name in model_labels(trained_models(*table["folder"])).items()}
     cells = shown(table.assign(model=[labels[folder] for folder in table["folder"]]))
-    for name in ("s per epoch", "epochs", "parameters"):
+    for name in ("epochs", "parameters"):
         del cells[name]
     report.tables["networks"] = tabular(cells)
     pgd = chosen["pgd_true"]
