@@ -190,6 +190,13 @@ def test_lines_labelled_by_folder_have_the_color_of_their_activation(models):
     assert to_hex(plain.lines[0].get_color()) not in map(str.lower, ACTIVATION_COLORS.values())
 
 
+def test_a_logarithmic_axis_within_a_decade_has_plain_numbers():
+    ax = figures.by_layer({"relu": pd.Series([7.98, 8.09])}, ylabel="norm", log=True)
+    ax.figure.canvas.draw()
+    texts = [label.get_text() for label in ax.yaxis.get_minorticklabels()]
+    assert "8.02" in texts and not any("times" in text for text in texts)
+
+
 def test_curves_name_the_loss_of_their_kind_of_training(models, tmp_path):
     """An ordinary training's loss is of unperturbed batches and has the l2 in it."""
 

@@ -155,6 +155,8 @@ def by_layer(
             not_finite.append((value.index[~np.isfinite(value)], one.color, which))
     if log:
         ax.set_yscale("log")
+        if ax.dataLim.y1 < 10 * ax.dataLim.y0:  # 8.02, not 8.02 x 10^0
+            ax.yaxis.set_minor_formatter("{x:g}")
     elif reference is None:  # from 0 to above everything drawn, also in panels that share this axis
         panels = ax.get_shared_y_axes().get_siblings(ax)
         ax.set_ylim(0, 1.05 * max(panel.dataLim.y1 for panel in panels))

@@ -98,8 +98,8 @@ def training_steps(
             line.set_markevery(max(1, len(line.get_xdata()) // 10))
     left.axhline(np.log(10), color="0.5", lw=0.8)
     left.annotate(
-        "chance: ln 10", (0, np.log(10)), (4, 3), xycoords=("axes fraction", "data"),
-        textcoords="offset points", fontsize=8, color="0.35",
+        "chance: ln 10", (1, np.log(10)), (-4, 4), xycoords=("axes fraction", "data"),
+        textcoords="offset points", fontsize=8, color="0.35", ha="right",
     )  # fmt: skip
     shared_legend(figure, ncols=3)
     if title:
