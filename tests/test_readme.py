@@ -87,6 +87,11 @@ def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path)
         row = table.loc[name]
         assert clean == f"{100 * row['clean_accuracy']:.1f}", name
         assert robust == f"{100 * row['rapid']:.1f}", name
+    (overfitted,) = table.index[table["rapid"] < 0.1]
+    assert table.loc[overfitted, "rapid"] == 0 and told[-1][0] == overfitted
+    fgsm = Evaluation.read(ROOT / f"results/original/{overfitted}/fgsm-1-1-true.json").is_robust
+    said = f"after the single step of FGSM {100 * fgsm.mean():.1f} % of the first {len(fgsm):,} do"
+    assert said in " ".join(RESULTS.split())
     swish, relu = (100 * table.loc[f"resnet20_{x}_ocrob_lrf", "rapid"] for x in ("swish", "relu"))
     kafs = 100 * table.loc[table.index.str.startswith("resnet20_kaf"), "rapid"]
     above = (

@@ -170,6 +170,11 @@ def test_what_cannot_be_used_is_one_line(tmp_path, capsys):
 N = 400
 
 
+def outcome(robust, settings, model):
+    stands = np.arange(N) < robust * N
+    return result(np.arange(N) < 0.8 * N, stands, settings, model=model)
+
+
 @pytest.fixture
 def clone(tmp_path):
     """Result files of three activations: a function that adds a network, and the folder."""
@@ -177,10 +182,6 @@ def clone(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     for name in ("results.json", "against_autoattack.json"):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
-
-    def outcome(robust, settings, model):
-        stands = np.arange(N) < robust * N
-        return result(np.arange(N) < 0.8 * N, stands, settings, model=model)
 
     def add(activation, seed, robust):
         settings = {"dataset": "cifar10", "activation": activation, "seed": seed, "epochs": 3}
@@ -216,6 +217,13 @@ def test_sentences_follow_the_verdicts(clone):
     )
     assert numbers["StudyKafAnswer"].endswith("none is shown to be more robust than ReLU")
     assert numbers["OriginalSwishAnswer"] == numbers["StudySwishAnswer"]
+    assert numbers["OriginalNetworks"] == "3" and numbers["OriginalLeftOut"].startswith("None")
+    overfitted = folder / "results/original/resnet20_relu_b"
+    outcome(0.0, AttackSettings("rapid"), overfitted.name).write(overfitted)
+    again, _ = numbers_of(folder)
+    assert "ReLU (" in again["OriginalLeftOut"] and "0.0 % under" in again["OriginalLeftOut"]
+    left_alone = {name for name, text in numbers.items() if again[name] == text}
+    assert numbers.keys() - left_alone == {"OriginalLeftOut"}
     assert numbers["WhatRemains"].startswith("All of the 6 comparisons over seeds are undecided")
     # More seeds come: they are there by themselves, and the answer is one over seeds.
     for seed in (1, 2):

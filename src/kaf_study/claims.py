@@ -206,10 +206,11 @@ def beside_originals(
     """A `claims_table` with a column original: the difference between networks of that work.
 
     Args:
-        originals: of `tables.original_table`. Of several networks of an activation the mean counts.
+        originals: of `tables.original_table`. Of several networks of an activation the mean counts,
+            without those that failed.
         architecture: of the study.
     """
-    alike = originals[originals["architecture"] == architecture]
+    alike = originals[(originals["architecture"] == architecture) & ~originals["failed"]]
     of_each = alike.groupby("activation")[["clean_accuracy", "rapid"]].mean()
     figures = {"clean": of_each["clean_accuracy"], "robust": of_each["rapid"]}
     differences = [

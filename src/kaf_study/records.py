@@ -576,5 +576,6 @@ def percent(accuracy: float, n: int, sign: str = "±") -> str:
     """
     bound = 100 * (1 - 0.05 ** (1 / n))
     if accuracy in (0, 1):
-        return f"> {100 - bound:.1f}" if accuracy else f"< {bound:.1f}"
+        digits = 1 if bound >= 0.1 else 2  # "< 0.03", not "< 0.0"
+        return f"> {100 - bound:.{digits}f}" if accuracy else f"< {bound:.{digits}f}"
     return f"{100 * accuracy:.1f} {sign} {100 * standard_error(accuracy, n):.1f}"

@@ -204,6 +204,12 @@ def label_protocols(report: Report, frame: pd.DataFrame, labels: Mapping[str, st
 
 def original(report: Report, table: pd.DataFrame) -> None:
     """The networks of the original work, a `tables.original_table`."""
+    failed, table = table[table["failed"]], table[~table["failed"]]
+    left_out = [
+        f"{ACTIVATION_LABELS[row.activation]} ({100 * row.clean_accuracy:.1f} % clean, "
+        f"{100 * row.rapid:.1f} % under attack)"
+        for row in failed.itertuples()
+    ]
     label = table["activation"].map(ACTIVATION_LABELS)
     label = label.where(~label.duplicated(keep=False), table["model"])
     fall = table["published_robustness"] - table["rapid"]
@@ -216,6 +222,10 @@ def original(report: Report, table: pd.DataFrame) -> None:
         "OriginalEach": "one of each activation"
         if table["activation"].is_unique
         else f"of {table['activation'].nunique()} activations",
+        "OriginalLeftOut": "Left out, since the training overfitted catastrophically: "
+        f"{listed(left_out)}."
+        if left_out
+        else "None had to be left out.",
         "OriginalImages": f"{table.attrs['n']['rapid']:,}",
         "OriginalSpan": span(table["rapid"]),
         "OriginalCleanSpan": span(table["clean_accuracy"]),
