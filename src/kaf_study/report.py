@@ -206,8 +206,8 @@ def original(report: Report, table: pd.DataFrame) -> None:
     """The networks of the original work, a `tables.original_table`."""
     failed, table = table[table["failed"]], table[~table["failed"]]
     left_out = [
-        f"{ACTIVATION_LABELS[row.activation]} ({100 * row.clean_accuracy:.1f} % clean, "
-        f"{100 * row.rapid:.1f} % under attack)"
+        f"another one of {ACTIVATION_LABELS[row.activation]} "
+        f"({100 * row.clean_accuracy:.1f} % clean, {100 * row.rapid:.1f} % under attack)"
         for row in failed.itertuples()
     ]
     label = table["activation"].map(ACTIVATION_LABELS)
