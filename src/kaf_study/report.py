@@ -210,18 +210,19 @@ def original(report: Report, table: pd.DataFrame) -> None:
         f"({100 * row.clean_accuracy:.1f} % clean, {100 * row.rapid:.1f} % under attack)"
         for row in failed.itertuples()
     ]
-    label = table["activation"].map(ACTIVATION_LABELS)
-    label = label.where(~label.duplicated(keep=False), table["model"])
+    activation = table["activation"].map(ACTIVATION_LABELS)
+    label = activation.where(~activation.duplicated(keep=False), table["model"])
     fall = table["published_robustness"] - table["rapid"]
     files = {"file": list(table["model"])}
+    cells = files | shown(table.assign(model=activation))
+    cells |= {"fall": [points(value, "") for value in fall]}
     table = table.assign(model=label)
-    cells = files | shown(table) | {"fall": [points(value, "") for value in fall]}
     report.tables["original"] = tabular(cells, "ll" + "r" * (len(cells) - 2))
     report.numbers |= {
         "OriginalNetworks": str(len(table)),
         "OriginalEach": "one of each activation"
         if table["activation"].is_unique
-        else f"of {table['activation'].nunique()} activations",
+        else f"1 to {table['activation'].value_counts().max()} of each activation",
         "OriginalLeftOut": "Left out, since the training overfitted catastrophically: "
         f"{listed(left_out)}."
         if left_out
