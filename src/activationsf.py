@@ -453,6 +453,11 @@ def activation(name: str) -> keras.layers.Layer:
     return ACTIVATIONS[name]()
 
 
+def kaf_layers(model: keras.Model) -> list[Kaf]:
+    """All Kaf layers of a model, those of models within it too, first to last."""
+    return [layer for layer in model._flatten_layers() if isinstance(layer, Kaf)]
+
+
 # Layers whose `activation` is the last thing they do
 ENDING_IN_ACTIVATION = (
     *(keras.layers.Dense, keras.layers.EinsumDense),

@@ -219,7 +219,9 @@ def test_originals_stand_beside_the_claims(models, tmp_path, capsys):
         folder = root / f"resnet20_{name}_x" / "robustness"
         result(clean, stands, AttackSettings("rapid"), model=folder.parent.name).write(folder)
     readme.write_text(
-        "".join(f"<!-- {x} -->\n<!-- /{x} -->\n" for x in ("table", "paired", "claims"))
+        "".join(
+            f"<!-- {x} -->\n<!-- /{x} -->\n" for x in ("table", "paired", "claims", "originals")
+        )
     )
     command = [str(models), "--into", str(readme), "--originals", str(root)]
     assert compare.main(command) == 0
@@ -228,6 +230,10 @@ def test_originals_stand_beside_the_claims(models, tmp_path, capsys):
     assert any("| Swish | ReLU | 3 / 3 | +3.7 | +4.6 | +5.8 |" in row for row in rows)
     assert any("| KAF | ReLU | 3 / 3 | +0.6 | – | " in row for row in rows)
     assert "one or two of each, so that other seeds may turn" in readme.read_text()
+    written = readme.read_text().partition("<!-- originals -->")[2]
+    names = [line.split(" | ")[:2] for line in written.splitlines() if line.startswith("| resnet")]
+    assert names[0] == ["| resnet20_kafswish_x", "KAF_Swish"]
+    assert names[-1] == ["| resnet20_relu_b_x", "(ReLU)"]
     unknown = result(clean, stands, AttackSettings("rapid"), model="resnet20_unknown_x")
     unknown.write(root / "resnet20_unknown_x" / "robustness")
     assert compare.main(command) == 2

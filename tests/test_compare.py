@@ -14,7 +14,7 @@ from fabricated import result, training_record, write_training
 
 from kaf_study import InputError, compare
 from kaf_study.attacks.registry import AttackSettings
-from kaf_study.cards import conclusion, markdown_table, model_cards
+from kaf_study.cards import conclusion, markdown_table, model_cards, shown
 from kaf_study.records import read_results
 from kaf_study.tables import (
     against,
@@ -121,6 +121,16 @@ def test_clean_accuracy_is_of_one_number_of_images(models):
     table = model_table(read_results(models)).set_index("activation")
     assert np.isnan(table.loc["kaf", "clean_accuracy"]) and table.loc["kaf", "suite"] == 0.2
     assert table.loc["relu", "clean_accuracy"] == 0.9
+    # Of the attack that most networks have, then of the one of more images
+    for activation in ("kaf", "relu", "swish"):
+        add_result(models / f"net_{activation}", range(10), attack="rapid", correct=99, n=200)
+    table = model_table(read_results(models)).set_index("activation")
+    assert table.attrs["clean_kind"] == "rapid"
+    assert (table["clean_accuracy"] == 99 / 200).all()
+    assert shown(table.reset_index())["clean"] == ["49.5 ± 3.5"] * 3
+    shutil.rmtree(models / "net_kaf" / "robustness")
+    add_result(models / "net_kaf", range(10))
+    assert model_table(read_results(models)).attrs["clean_kind"] == "pgd_true"
 
 
 def test_published_figures_stand_beside_their_data_set_only(models):

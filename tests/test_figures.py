@@ -13,12 +13,12 @@ import matplotlib.pyplot as plt
 from fabricated import result, training_record, write_training
 from matplotlib.colors import to_hex
 
-from activationsf import ACTIVATIONS, Kaf
+from activationsf import ACTIVATIONS, Kaf, kaf_layers
 from kaf_study import InputError, figures
 from kaf_study.activations import ACTIVATION_COLORS, ACTIVATION_LABELS, STUDIED, activation_of
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.figures import __main__ as command
-from kaf_study.figures.kafs import activation_values, kaf_layers
+from kaf_study.figures.kafs import activation_values
 from kaf_study.figures.style import common_training
 from kaf_study.model_folder import COPIES, model_labels, trained_models
 from kaf_study.records import Evaluation, read_results

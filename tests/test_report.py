@@ -221,7 +221,7 @@ def test_sentences_follow_the_verdicts(clone):
     overfitted = folder / "results/original/resnet20_relu_b"
     outcome(0.0, AttackSettings("rapid"), overfitted.name).write(overfitted)
     again, _ = numbers_of(folder)
-    assert "ReLU (" in again["OriginalLeftOut"] and "0.0 % under" in again["OriginalLeftOut"]
+    assert "ReLU (" in again["OriginalLeftOut"] and "< 0.7 % under" in again["OriginalLeftOut"]
     left_alone = {name for name, text in numbers.items() if again[name] == text}
     assert numbers.keys() - left_alone == {"OriginalLeftOut"}
     assert numbers["WhatRemains"].startswith("All of the 6 comparisons over seeds are undecided")

@@ -46,20 +46,22 @@ def shown(table: pd.DataFrame) -> dict[str, list[str]]:
     """A table of `tables.model_table` as text, percent with standard errors."""
     chosen, n = table.attrs["chosen"], table.attrs["n"]
 
-    def accuracy(column):
-        count = n.get(column, next(iter(n.values())))
-        return ["–" if pd.isna(v) else percent(v, count) for v in table[column]]
+    def accuracy(column, kind):
+        return ["–" if pd.isna(v) else percent(v, n[kind]) for v in table[column]]
 
     def plain(column, pattern, factor=1):
         return ["–" if pd.isna(v) else pattern.format(factor * v) for v in table[column]]
 
-    cells = {"model": list(table["model"]), "clean": accuracy("clean_accuracy")}
+    cells = {
+        "model": list(table["model"]),
+        "clean": accuracy("clean_accuracy", table.attrs["clean_kind"]),
+    }
     for kind, name in (("pgd_true", "true labels"), ("pgd_predicted", "predicted labels*")):
         if kind in chosen:
-            cells[f"{pgd_name(chosen[kind])}, {name}"] = accuracy(kind)
+            cells[f"{pgd_name(chosen[kind])}, {name}"] = accuracy(kind, kind)
     for kind in COMBINED:
         if kind in chosen:
-            cells[COMBINED[kind]] = accuracy(kind)
+            cells[COMBINED[kind]] = accuracy(kind, kind)
     if table["published_accuracy"].notna().any():
         cells["published clean"] = plain("published_accuracy", "{:.2f}", 100)
         cells["published robust*"] = plain("published_robustness", "{:.2f}", 100)
@@ -78,7 +80,10 @@ def notes(
     row = next(iter(chosen.values())).iloc[0]
     step = chosen["pgd_true"].iloc[0]["alpha"] if "pgd_true" in chosen else None
     counts = {"pgd_true": "PGD", "pgd_predicted": "PGD with predicted labels"} | COMBINED
-    sizes = ", ".join(f"{counts[kind]} {size:,}" for kind, size in n.items())
+    clean = table.attrs["n"][table.attrs["clean_kind"]]
+    sizes = ", ".join(
+        [f"clean {clean:,}", *(f"{counts[kind]} {size:,}" for kind, size in n.items())]
+    )
     lines = [
         f"Percent of the first test images of {_dataset(chosen)} (n: {sizes})"
         + " ± one binomial standard error" * errors
@@ -454,6 +459,14 @@ def console(columns: Columns) -> str:
 
 def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join([markdown(shown(table)), "", *notes(table)])
+
+
+def markdown_originals(table: pd.DataFrame) -> str:
+    """Of a `tables.original_table`; one that overfitted has its activation in brackets."""
+    labels = table["activation"].map(ACTIVATION_LABELS)
+    activations = labels.where(~table["failed"], "(" + labels + ")")
+    cells = shown(table)
+    return markdown({"file": cells.pop("model"), "activation": list(activations)} | cells)
 
 
 def markdown_pairs(*tests: pd.DataFrame) -> str:

@@ -23,6 +23,7 @@ from kaf_study.cards import (
     kind_of_attack,
     markdown,
     markdown_claims,
+    markdown_originals,
     markdown_pairs,
     markdown_table,
     model_cards,
@@ -64,7 +65,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         "--into",
         metavar="RESULTS.md",
         help="rewrites its <!-- table --> and, where there are results for them, <!-- paired -->, "
-        "<!-- claims --> (over seeds) and <!-- rapid --> (beside stronger attacks)",
+        "<!-- claims --> (over seeds), <!-- rapid --> (beside stronger attacks) and, with "
+        "--originals, <!-- originals -->",
     )
     parser.add_argument(
         "--answer", metavar="README.md", help="rewrites its <!-- answer -->: means over seeds"
@@ -116,6 +118,8 @@ def run(arguments: Namespace) -> None:
             put_table_into(arguments.into, markdown_pairs(*tests), "paired")
         if studied:
             put_table_into(arguments.into, markdown_of(studied), "claims")
+        if originals is not None:
+            put_table_into(arguments.into, markdown_originals(originals), "originals")
         if len(beside := rapid_beside_stronger(table.attrs["chosen"])):
             put_table_into(arguments.into, markdown(shown_rapid(beside)), "rapid")
     if arguments.answer:

@@ -21,7 +21,7 @@ from kaf_study.cards import COMBINED, shown
 from kaf_study.claims import ALIKE, Study, studies
 from kaf_study.latex import NONE, Report, listed, points, span, tabular
 from kaf_study.model_folder import model_labels, trained_models
-from kaf_study.records import read_json, read_results
+from kaf_study.records import percent, read_json, read_results
 from kaf_study.report_tests import paired, verdicts
 from kaf_study.report_trainings import (
     cost,
@@ -110,6 +110,8 @@ def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame)
         "SeedsAttack": COMBINED.get(seeds_kind, pgd_name(pgd)),
         "SeedsImages": f"{seeds_study.n:,}",
         "CleanSpan": span(table["clean_accuracy"]),
+        "CleanImages": f"{n[table.attrs['clean_kind']]:,}",
+        "CleanNetworks": str(int(table["clean_accuracy"].notna().sum())),
         "PgdName": pgd_name(pgd),
         "AttackEpsilon": f"{255 * pgd['epsilon'].iloc[0]:g}/255",
         "AttackStep": f"{255 * pgd['alpha'].iloc[0]:g}/255",
@@ -205,9 +207,10 @@ def label_protocols(report: Report, frame: pd.DataFrame, labels: Mapping[str, st
 def original(report: Report, table: pd.DataFrame) -> None:
     """The networks of the original work, a `tables.original_table`."""
     failed, table = table[table["failed"]], table[~table["failed"]]
+    n = table.attrs["n"]["rapid"]
     left_out = [
         f"another one of {ACTIVATION_LABELS[row.activation]} "
-        f"({100 * row.clean_accuracy:.1f} % clean, {100 * row.rapid:.1f} % under attack)"
+        f"({percent(row.clean_accuracy, n)} % clean, {percent(row.rapid, n)} % under attack)"
         for row in failed.itertuples()
     ]
     activation = table["activation"].map(ACTIVATION_LABELS)
@@ -227,7 +230,7 @@ def original(report: Report, table: pd.DataFrame) -> None:
         f"{listed(left_out)}."
         if left_out
         else "None had to be left out.",
-        "OriginalImages": f"{table.attrs['n']['rapid']:,}",
+        "OriginalImages": f"{n:,}",
         "OriginalSpan": span(table["rapid"]),
         "OriginalCleanSpan": span(table["clean_accuracy"]),
         "OriginalPublishedSpan": span(table["published_robustness"]),

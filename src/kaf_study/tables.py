@@ -74,28 +74,30 @@ def _refuse_twins(rows: pd.DataFrame, column: str, places: str) -> None:
 def model_table(results: pd.DataFrame) -> pd.DataFrame:
     """One row per model, fractions; columns as in the CSV. `.attrs["n"]`: {kind: images}.
 
-    The standard errors are binomial. Clean accuracy is that of the images of the first kind that is
-    there (PGD's, as a rule), and empty for a model that lacks it: no column mixes sizes.
+    The standard errors are binomial. Clean accuracy is that of `.attrs["clean_kind"]`, the kind
+    that most models have (of several the one of most images), and empty for a model that lacks it:
+    no column mixes sizes.
 
     Args:
         results: of `kaf_study.records.read_results`.
     """
     chosen = chosen_results(with_training(results))
     folders = dict.fromkeys(folder for rows in chosen.values() for folder in rows.index)
+    n = {kind: int(rows["n"].iloc[0]) for kind, rows in chosen.items()}
+    clean_kind = max(chosen, key=lambda kind: (len(chosen[kind]), n[kind]))
     table = []
     for folder in folders:
         found = {kind: rows.loc[folder] for kind, rows in chosen.items() if folder in rows.index}
         training = next(iter(found.values()))["training"]
         place = (training is None, model_order(training) if training else ())
-        table.append((place, _row(folder, found, next(iter(chosen)))))
+        table.append((place, _row(folder, found, clean_kind)))
     frame = pd.DataFrame([row for _, row in sorted(table, key=lambda item: item[0])])
     _refuse_twins(frame, "model", "folder")
-    frame.attrs["n"] = {kind: int(rows["n"].iloc[0]) for kind, rows in chosen.items()}
-    frame.attrs["chosen"] = chosen
+    frame.attrs |= {"n": n, "chosen": chosen, "clean_kind": clean_kind}
     return frame
 
 
-def _row(folder: str, found: Mapping[str, pd.Series], first_kind: str) -> dict:
+def _row(folder: str, found: Mapping[str, pd.Series], clean_kind: str) -> dict:
     """One model's, from its results {kind: row of `read_results`}."""
     result = next(iter(found.values()))
     training, activation = result["training"], result["activation"]
@@ -108,7 +110,7 @@ def _row(folder: str, found: Mapping[str, pd.Series], first_kind: str) -> dict:
         "architecture": settings.get("architecture"),
     }
     for name in ("clean_accuracy", "clean_standard_error"):
-        row[name] = found[first_kind][name] if first_kind in found else np.nan
+        row[name] = found[clean_kind][name] if clean_kind in found else np.nan
     for kind in KINDS:
         value, error = "robust_accuracy", "robust_standard_error"
         if kind == "pgd_predicted":
@@ -136,13 +138,18 @@ def original_table(results: pd.DataFrame) -> pd.DataFrame:
     """`model_table` of the networks of the original work, attacked by rapid.
 
     Their files, named architecture_activation_..., have no record of their training: activation,
-    architecture and what was published of them come from the name. Column failed: fewer images
-    stand than are right by guessing among ten classes. Such a training overfitted
-    catastrophically, and says nothing of its activation.
+    architecture and what was published of them come from the name, where `kafs` is a KAF and
+    `kafs_freedict...` one with moving dictionaries. Column failed: fewer images stand than are
+    right by guessing among ten classes. Such a training overfitted catastrophically, and says
+    nothing of its activation.
+
+    Returns:
+        Rows of `model_table`, the most robust first.
     """
     table = model_table(results)
-    known = {name.replace("_", ""): name for name in STUDIED}
-    parts = [f"{name}_".split("_") for name in table["model"]]
+    known = {name.replace("_", ""): name for name in STUDIED} | {"kafs": "kaf"}
+    names = table["model"].str.replace("_kafs_freedict", "_kaffree_")
+    parts = [f"{name}_".split("_") for name in names]
     if "rapid" not in table.attrs["chosen"] or not all(part[1] in known for part in parts):
         raise InputError("original networks need results of rapid and names as resnet20_kafswish_x")
     table["architecture"] = [part[0] for part in parts]
@@ -151,7 +158,7 @@ def original_table(results: pd.DataFrame) -> pd.DataFrame:
     published = [figure or (np.nan, np.nan) for figure in figures]
     table[["published_accuracy", "published_robustness"]] = published
     table["failed"] = table["rapid"] < 1 / 10
-    return table
+    return table.sort_values("rapid", ascending=False)
 
 
 def pgd_name(rows: pd.DataFrame) -> str:

@@ -10,15 +10,11 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from activationsf import Kaf
+from activationsf import Kaf, kaf_layers
 from kaf_study import InputError
 from kaf_study.architectures import build
 from kaf_study.files import file_sha256
 from kaf_study.model_folder import ModelFolder, TrainedModel
-
-
-def _kafs(model):
-    return [layer for layer in model.layers if isinstance(layer, Kaf)]
 
 
 def mean_shapes(model: keras.Model) -> list[NDArray[np.float32]]:
@@ -29,7 +25,7 @@ def mean_shapes(model: keras.Model) -> list[NDArray[np.float32]]:
     Raises:
         InputError: the model has no Kaf layers, or they have dictionaries of their own.
     """
-    layers = _kafs(model)
+    layers = kaf_layers(model)
     if not layers or any(layer.moving for layer in layers):
         raise InputError(
             f"{model.name!r} has {'moving dictionaries' if layers else 'no Kaf layers'}: there are "
@@ -53,12 +49,12 @@ def network_of_shapes(architecture: str, shapes_of: Path | str, **kwargs) -> ker
         )
     trained = keras.models.load_model(ModelFolder(source.folder).model, compile=False)
     shapes = mean_shapes(trained)
-    config = _kafs(trained)[0].get_config()
+    config = kaf_layers(trained)[0].get_config()
     # The start is given below; what the trained one started as says nothing of these.
     del config["name"]
     config |= {"ridge": None, "alpha_initializer": "zeros"}
     network = build(architecture, lambda: Kaf.from_config(config), **kwargs)
-    for layer, shape in zip(_kafs(network), shapes, strict=True):
+    for layer, shape in zip(kaf_layers(network), shapes, strict=True):
         layer.alpha.assign(np.repeat(shape[:, None], layer.alpha.shape[1], axis=1))
         layer.trainable = False
     return network

@@ -20,7 +20,6 @@ from kaf_study.figures.insights import (
 from kaf_study.figures.kafs import (
     functions_and_derivatives,
     initial_network,
-    kaf_layers,
     kaf_shapes,
     kaf_shapes_side_by_side,
     kaf_starts,
@@ -49,7 +48,6 @@ __all__ = [
     "functions_and_derivatives",
     "image_rows",
     "initial_network",
-    "kaf_layers",
     "kaf_shapes",
     "kaf_shapes_side_by_side",
     "kaf_starts",

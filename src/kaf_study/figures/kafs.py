@@ -18,17 +18,8 @@ from kaf_study.model_folder import TrainedModel
 if TYPE_CHECKING:  # loaded when a network is looked at
     import keras
 
-    from activationsf import Kaf
-
 START: dict[str, Any] = {"color": "black", "lw": 1, "ls": (0, (4, 2))}
 IN_DICTIONARY = "0.93"  # grey behind the range of the dictionary
-
-
-def kaf_layers(model: "keras.Model") -> "list[Kaf]":
-    """All Kaf layers of a model, first to last."""
-    from activationsf import Kaf
-
-    return [layer for layer in model._flatten_layers() if isinstance(layer, Kaf)]
 
 
 def layer_activation(layer: "keras.layers.Layer") -> str:
@@ -89,6 +80,8 @@ def kaf_shapes(
         channels: how many of each layer's are drawn, evenly spaced by number.
         limit: of x, in units of the pre-activation. The dictionary's range is shaded.
     """
+    from activationsf import kaf_layers
+
     layers = kaf_layers(model)
     if not layers:
         raise InputError(f"{model.name!r} has no Kaf layers, so there are no shapes to draw")
@@ -137,6 +130,8 @@ def kaf_shapes_side_by_side(
         panels: how many layers are drawn, evenly spaced, first and last included.
         channels, limit: as in `kaf_shapes`.
     """
+    from activationsf import kaf_layers
+
     rows = {
         label: (kaf_layers(model), kaf_layers(initial) if initial is not None else None)
         for label, (model, initial) in models.items()
