@@ -49,7 +49,7 @@ class Kaf(keras.layers.Layer):
     Parameters and sums are float32 under half precision too (a ridge start has coefficients that
     cancel; in float16 they left noise of 0.1), float64 under the float64 policy.
 
-    Keras' `model.export` takes it as it is, but to ONNX within `kernel_expansion.plain_formula()`.
+    Under TensorFlow Keras' `model.export` takes it as it is: to SavedModel, LiteRT and ONNX.
 
     Args:
         D: number of dictionary points, at least 2.

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -70,16 +71,16 @@ def plain_expansion(
 
 
 _is_plain = ContextVar("_is_plain", default=False)
+# tf2onnx knows ordinary operations alone: of compiled ones it writes a file that cannot be opened.
+ONNX_EXPORTERS = ("keras.src.export.onnx", "tf2onnx.convert")
 
 
 @contextlib.contextmanager
 def plain_formula() -> Iterator[None]:
     """Within, Gaussian expansions are their formula as well, whatever the backend and type.
 
-    For exporters that know ordinary operations alone, as tf2onnx does:
-
-        with plain_formula():
-            model.export("model.onnx", format="onnx")
+    For exporters that know ordinary operations alone. Under TensorFlow it is in force by itself
+    while Keras' `model.export(..., format="onnx")` or tf2onnx traces a model.
     """
     token = _is_plain.set(True)
     try:
@@ -188,10 +189,20 @@ def _constant_dictionary(D, boundary, dtype):
 
 
 def _has_fast_path(x):
-    if _is_plain.get():
+    if _is_plain.get() or _is_traced_for_onnx():
         return False
     is_known = x.shape[-1] is not None
     return is_known and keras.backend.standardize_dtype(x.dtype) == "float32"
+
+
+def _is_traced_for_onnx():
+    # Neither Keras nor tf2onnx says so to a layer; but one of them is then among the callers.
+    if keras.backend.backend() != "tensorflow" or tf.executing_eagerly():
+        return False
+    frame = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") not in ONNX_EXPORTERS:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _on_rows(expansion, x, *parameters):
