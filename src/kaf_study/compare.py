@@ -120,7 +120,7 @@ def run(arguments: Namespace) -> None:
             put_table_into(arguments.into, markdown_of(studied), "claims")
         if originals is not None:
             put_table_into(arguments.into, markdown_originals(originals), "originals")
-        if len(beside := rapid_beside_stronger(table.attrs["chosen"])):
+        if len(beside := rapid_beside_stronger(results)):
             put_table_into(arguments.into, markdown(shown_rapid(beside)), "rapid")
     if arguments.answer:
         found = [(one.study, one.means) for one in studied]

@@ -269,11 +269,14 @@ def _stand_under_both(
         yield folder, stand[0][:n], stand[1][:n]
 
 
-def rapid_beside_stronger(chosen: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def rapid_beside_stronger(results: pd.DataFrame) -> pd.DataFrame:
     """`rapid`'s verdicts and those of the suite and of AutoAttack, on the images of both.
 
+    Image by image, so that networks may have been attacked on different numbers of images; of
+    several results of a network that of most images counts.
+
     Args:
-        chosen: of `chosen_results`.
+        results: of `kaf_study.records.read_results`.
 
     Returns:
         DataFrame, a row for each network and stronger attack: model, attack (of `KINDS`), n
@@ -281,10 +284,13 @@ def rapid_beside_stronger(chosen: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         attack alone felled). Empty where no network has both.
     """
     rows = []
-    rapid = chosen.get("rapid", pd.DataFrame())
+    rapid = chosen_results(results).get("rapid", pd.DataFrame())
     for kind in ("suite", "autoattack"):
-        other = chosen.get(kind, pd.DataFrame())
-        for folder, stronger, quick in _stand_under_both(other, rapid):
+        is_it = results["attack"] == kind
+        for name in SAME_FOR_ALL if len(rapid) else ():
+            is_it &= results[name] == rapid[name].iloc[0]
+        other = results[is_it].sort_values(["folder", "n"]).drop_duplicates("folder", keep="last")
+        for folder, stronger, quick in _stand_under_both(other.set_index("folder"), rapid):
             rows.append(
                 {
                     "model": rapid.loc[folder, "model"] or Path(folder).name,

@@ -190,7 +190,7 @@ def _mark_not_finite(ax: Axes, rows: list[tuple], log: bool) -> None:
         )  # fmt: skip
         ax.annotate(
             f"{which}: not finite", (layers[-1], height), (8, 0), xycoords=across,
-            textcoords="offset points", color=color, fontsize=8, va="center",
+            textcoords="offset points", color=color, fontsize=7, va="center",
         )  # fmt: skip
 
 
