@@ -50,6 +50,7 @@ def test_notebook_is_as_a_reader_expects_it(path):
     tagged = [c for c in code_cells(notebook) if "parameters" in c.metadata.get("tags", ())]
     assert len(tagged) == 1 and 'os.environ.get("QUICK")' in tagged[0].source
     assert notebook.cells[0].cell_type == "markdown"
+    assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= 30
     assert path.stat().st_size < 1_500_000
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     assert not any(output.output_type == "error" for output in outputs)
