@@ -186,6 +186,10 @@ def test_lines_labelled_by_folder_have_the_color_of_their_activation(models):
     assert {to_hex(ax.lines[0].get_color()) for ax in drawn} == {ACTIVATION_COLORS["kaf"].lower()}
     for ax in drawn:
         assert ax.get_legend_handles_labels()[1] == [name]
+    several = pd.concat([points] * 3).assign(activation=["kaf", "relu", "kaf"])
+    several.index = ["first", "second", "third"]
+    ax = figures.movement_and_robustness(several, xlabel="x")
+    assert ax.get_legend_handles_labels()[1] == ["KAF (2)", "second"]
     plain = figures.by_layer({name: curve}, ylabel="y")  # whose activation nobody said
     assert to_hex(plain.lines[0].get_color()) not in map(str.lower, ACTIVATION_COLORS.values())
 

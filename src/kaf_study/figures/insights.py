@@ -205,18 +205,26 @@ def movement_and_robustness(
 
     Args:
         points: indexed by label, labels as in `by_layer`; x, low, high (of x), and y, error
-            (fractions); where labels are not activations' names, also activation.
+            (fractions); where labels are not activations' names, also activation. Several points of
+            one activation share one entry of the legend, which says how many they are.
     """
     ax = axes_or_new(ax, (5.5, 4.2))
+    alike = Counter(points.get("activation", ()))
+    named = set()
     for label, row in points.iterrows():
         data = Line(row, row["activation"]) if "activation" in row else row
         (one,) = labelled({str(label): data})
+        shown, activation = one.label, one.activation or ""
+        if alike[activation] > 1:
+            shown = f"{ACTIVATION_LABELS[activation]} ({alike[activation]})"
+            shown = "_" if shown in named else shown  # which Matplotlib leaves out
+            named.add(shown)
         marker, size = marker_of(one.activation)
         ax.errorbar(
             row["x"], 100 * row["y"],
             xerr=[[row["x"] - row["low"]], [row["high"] - row["x"]]], yerr=100 * row["error"],
             color=one.color, elinewidth=1, capsize=2.5, marker=marker, ms=size, mec="white",
-            ls="none", label=one.label,
+            ls="none", label=shown,
         )  # fmt: skip
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
