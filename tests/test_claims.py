@@ -19,6 +19,7 @@ from kaf_study.attacks.registry import AttackSettings
 from kaf_study.cards import shown_verdicts
 from kaf_study.claims import CLAIMS, Claim, claims_table, means, studies
 from kaf_study.records import Evaluation, read_results, standard_error
+from kaf_study.tables import original_table
 
 N = 1000
 SWISH_ABOVE_RELU = Claim("Swish above ReLU", "robust", (("swish", "relu"),))
@@ -238,6 +239,15 @@ def test_originals_stand_beside_the_claims(models, tmp_path, capsys):
     unknown.write(root / "resnet20_unknown_x" / "robustness")
     assert compare.main(command) == 2
     assert "resnet20_kafswish_x" in capsys.readouterr().err
+
+
+def test_originals_named_kafs_are_kafs_and_with_a_free_dictionary_kaf_free(tmp_path):
+    for name in ("resnet20_kafs_x", "resnet20_kafs_freedictkb_x"):
+        one = result(np.arange(N) < 700, np.arange(N) < 300, AttackSettings("rapid"), model=name)
+        one.write(tmp_path / name)
+    table = original_table(read_results(tmp_path)).set_index("model")
+    assert table.loc["resnet20_kafs_x", "activation"] == "kaf"
+    assert table.loc["resnet20_kafs_freedictkb_x", "activation"] == "kaf_free"
 
 
 def test_figure_over_seeds_shows_trainings_means_and_intervals(models):

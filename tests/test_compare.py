@@ -14,7 +14,7 @@ from fabricated import result, training_record, write_training
 
 from kaf_study import InputError, compare
 from kaf_study.attacks.registry import AttackSettings
-from kaf_study.cards import conclusion, markdown_table, model_cards, shown
+from kaf_study.cards import conclusion, markdown_table, model_cards, shown, shown_rapid
 from kaf_study.records import read_results
 from kaf_study.tables import (
     against,
@@ -288,6 +288,8 @@ def test_rapid_is_counted_beside_stronger_attacks_on_the_images_of_both(models, 
     assert "| all 2 | suite | 100 | 70 | 71 | 3 | 2 | +1.0 |" in table
     assert "| net_relu | AutoAttack | 31 | 31 | 31 | 0 | 0 | +0.0 |" in table
     assert "| all 2 | AutoAttack | 76 | 72 | 71 | 2 | 3 | -1.3 |" in table
+    of_one = shown_rapid(beside[beside["model"] == "net_relu"])
+    assert of_one["model"] == ["net_relu", "net_relu"]  # no row "all 1"
 
 
 def test_cards_name_the_training_that_the_probe_ended(models, tmp_path):
