@@ -23,6 +23,38 @@ def logit(logits: tf.Tensor, of: tf.Tensor) -> tf.Tensor:
     return tf.gather(logits, of, batch_dims=1)
 
 
+FEW = 8  # images that are not worth cutting in two
+
+
+def in_halves(function: Callable, *signature: tf.TensorSpec) -> Callable:
+    """A compiled function of batches, called on either half of one: the two at the same time.
+
+    One operation on a batch keeps several cores busy for part of its time only; two halves go side
+    by side through all of them. On two cores and 16 to 128 images, a gradient took 0.75 to 0.98 of
+    its time so. A GPU gets the batch whole.
+
+    Args:
+        function: of tensors (B, ...), returns one or a list of them, or of None.
+        signature: what `function` takes.
+    """
+
+    @tf.function(input_signature=signature)
+    def both(*batch):
+        half = tf.shape(batch[0])[0] // 2
+        first, second = (
+            function(*[t[part] for t in batch]) for part in (slice(half), slice(half, None))
+        )
+        return tf.nest.map_structure(
+            lambda *parts: None if parts[0] is None else tf.concat(parts, 0), first, second
+        )
+
+    def of_any_size(x, *others):
+        is_cut = len(x) > FEW and not tf.config.list_physical_devices("GPU")
+        return (both if is_cut else function)(x, *others)
+
+    return of_any_size
+
+
 class CompiledClassifier:
     """A model of logits, compiled, in inference mode, images in [0, 1].
 
@@ -51,6 +83,7 @@ class CompiledClassifier:
             return tf.cast(model(x, training=False), tf.float32)
 
         self._logits = logits
+        self._logits_in_halves = in_halves(logits, self._images)
 
     @cached_property
     def is_compiled_by_shape(self) -> bool:
@@ -62,7 +95,8 @@ class CompiledClassifier:
         """Logits (N, classes) of images (N, H, W, C), `batch_size` at a time."""
         chunks = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
         self.forward_calls += len(chunks)
-        return np.concatenate([self._logits(tf.constant(c, tf.float32)).numpy() for c in chunks])
+        logits_of = self._logits_in_halves
+        return np.concatenate([logits_of(tf.constant(c, tf.float32)).numpy() for c in chunks])
 
     def differentiable(self, loss: Callable) -> Callable[..., list[np.ndarray]]:
         """A loss of the logits, compiled once, for use on batches; a call counts as a gradient.
@@ -91,9 +125,9 @@ class CompiledClassifier:
     def _traced(self, loss, labels):
         """The graph of a loss with so many labels: one for all batch sizes."""
         if (loss, labels) not in self._graphs:
-            label = tf.TensorSpec((None,), tf.int32)
+            signature = [self._images, *[tf.TensorSpec((None,), tf.int32)] * labels]
 
-            @tf.function(input_signature=[self._images, *[label] * labels])
+            @tf.function(input_signature=signature)
             def graph(x, *labels):
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(x)
@@ -101,7 +135,7 @@ class CompiledClassifier:
                     losses = loss(logits, *labels)
                 return losses, logits, tape.gradient(losses, x)
 
-            self._graphs[loss, labels] = graph
+            self._graphs[loss, labels] = in_halves(graph, *signature)
         return self._graphs[loss, labels]
 
     def class_gradients(self, x: np.ndarray, classes: np.ndarray) -> np.ndarray:

@@ -158,10 +158,11 @@ def padded_size(count: int, batch_size: int, *, is_compiled: bool) -> int:
     """The batch shape for `count` images: 2, 3, 4, 6, 8, 12 or 16 16ths of `batch_size`.
 
     Shapes are few, because a layer that XLA compiles is compiled anew for each. Where it compiles
-    none (not `is_compiled`), any 32nds: oneDNN prepares a convolution for each shape, but quickly.
+    none (not `is_compiled`), any 64ths up to a quarter, and any 32nds: oneDNN prepares a
+    convolution for each shape, but quickly.
     """
-    parts = (4, 6, 8, 12, 16, 24, 32) if is_compiled else range(1, 33)
-    sizes = (max(1, batch_size * part // 32) for part in parts)
+    parts = (8, 12, 16, 24, 32, 48, 64) if is_compiled else (*range(1, 16), *range(16, 65, 2))
+    sizes = (max(1, batch_size * part // 64) for part in parts)
     return next(size for size in sizes if size >= count)
 
 
