@@ -636,7 +636,7 @@ class RobustnessProbe(keras.callbacks.Callback):
         """`accuracies`, and the fraction under the attack of the training (None: it has none)."""
         batches = [slice(i, i + self.batch_size) for i in range(0, len(self.x), self.batch_size)]
         counts = [
-            [int(n) for n in self._correct(*(array[batch] for array in self.images))]
+            [int(n) for n in self._correct(*(tf.constant(array[batch]) for array in self.images))]
             for batch in batches
         ]
         clean, fgsm, pgd, *rest = (np.sum(counts, axis=0) / len(self.x)).tolist()

@@ -730,6 +730,23 @@ def test_probe_serves_losses_of_numbers_and_of_one_hot_rows_alike():
         probe.on_train_begin()
 
 
+def test_probe_measures_the_same_where_functions_run_eagerly():
+    x, y = images(40), labels(40)
+    model = linear()
+    model.compile("sgd", CROSS_ENTROPY)
+    measured = []
+    for is_eager in (False, True):
+        tf.config.run_functions_eagerly(is_eager)
+        try:
+            probe = RobustnessProbe(x, y, epsilon=EPS, batch_size=16)
+            probe.set_model(model)
+            probe.on_train_begin()
+            measured.append(probe.accuracies())
+        finally:
+            tf.config.run_functions_eagerly(False)
+    assert measured[0] == measured[1]
+
+
 def test_probe_has_images_in_the_range_of_the_model():
     x, y = np.round(255 * images(40)).astype("uint8"), labels(40)
     rows = []
