@@ -382,7 +382,7 @@ def test_a_batch_is_computed_in_two_halves_in_its_order():
         return x, tf.fill(tf.shape(x), tf.size(x)), None
 
     for count, sizes in ((17, [8] * 8 + [9] * 9), (FEW, [FEW] * FEW)):
-        x, size, nothing = in_halves(function, VALUES)(np.arange(count, dtype="float32"))
+        x, size, nothing = in_halves(function, VALUES)(tf.range(count, dtype="float32"))
         np.testing.assert_array_equal(x, np.arange(count))
         np.testing.assert_array_equal(size, sizes)
         assert nothing is None
@@ -395,7 +395,7 @@ def test_on_a_gpu_a_batch_is_computed_whole(monkeypatch):
     def size_of(x):
         return tf.fill(tf.shape(x), tf.size(x))
 
-    assert set(in_halves(size_of, VALUES)(np.zeros(17, "float32")).numpy()) == {17}
+    assert set(in_halves(size_of, VALUES)(tf.zeros(17)).numpy()) == {17}
 
 
 def test_predictions_are_made_in_batches_that_are_counted(classifier, cnn, data):

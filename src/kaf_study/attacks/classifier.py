@@ -4,8 +4,8 @@ One compiled function gives the gradient in the images alone (not in the weights
 forward pass, the logits: they tell which images have fallen without a prediction of their own.
 """
 
+import functools
 from collections.abc import Callable
-from functools import cached_property
 
 import numpy as np
 import tensorflow as tf
@@ -48,9 +48,12 @@ def in_halves(function: Callable, *signature: tf.TensorSpec) -> Callable:
             lambda *parts: None if parts[0] is None else tf.concat(parts, 0), first, second
         )
 
-    def of_any_size(x, *others):
-        is_cut = len(x) > FEW and not tf.config.list_physical_devices("GPU")
-        return (both if is_cut else function)(x, *others)
+    # Traced by a call, one for each attack of a suite would be warned of by TensorFlow.
+    traced = functools.cache(both.get_concrete_function)
+
+    def of_any_size(*batch):
+        is_whole = len(batch[0]) <= FEW or tf.config.list_physical_devices("GPU")
+        return (function if is_whole else traced())(*batch)
 
     return of_any_size
 
@@ -85,7 +88,7 @@ class CompiledClassifier:
         self._logits = logits
         self._logits_in_halves = in_halves(logits, self._images)
 
-    @cached_property
+    @functools.cached_property
     def is_compiled_by_shape(self) -> bool:
         """Whether XLA compiles some of the model, as it does KAFs: anew for each batch size."""
         graph = self._logits.get_concrete_function().graph.as_graph_def()
