@@ -210,7 +210,7 @@ def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
         return fell
 
     if not fab_targets:
-        Members(file.with_suffix(".ours.npz"), n).run(names, right, attack)
+        Members(file.with_suffix(".ours.npz"), len(x)).run(names, right, attack)
         return
 
     class Recording(FAB):
@@ -233,6 +233,8 @@ def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
 
 def compare(file: Path, into: Path) -> None:
     """Prints what agrees, and puts it under the model's name into the JSON file `into`."""
+    from kaf_study.records import hardware
+
     kept = np.load(file)
     ours, theirs = (np.load(file.with_suffix(f".{side}.npz")) for side in ("ours", "theirs"))
     if "felled_by" in ours:
@@ -241,9 +243,13 @@ def compare(file: Path, into: Path) -> None:
         index, a, b = ours["index"], ours["norms"], theirs["norms"]
         of, found = "perturbations of fab-t", of_norms(index, a, b)
     seconds = [np.atleast_1d(side["seconds"]).round(1).tolist() for side in (ours, theirs)]
-    found |= {"seconds": by_side(*seconds), "date": time.strftime("%Y-%m-%d")}
+    date = time.strftime("%Y-%m-%d")
+    found |= {"seconds": by_side(*seconds), "machine": hardware(), "date": date}
     records = json.loads(into.read_text()) if into.exists() else {}
-    records.setdefault(Path(str(kept["folder"])).name, {})[of] = found
+    of_network = records.setdefault(Path(str(kept["folder"])).name, {})
+    if of_network.get(of, {}).get("images", 0) > found["images"]:
+        of += f" of the first {found['images']}"  # more have been looked at before
+    of_network[of] = found
     into.write_text(json.dumps(records, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

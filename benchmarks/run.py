@@ -151,15 +151,18 @@ def layer_functions(shape, D=20):
     return x, forwards
 
 
+PASSES = ("forward", "forward and gradient in x", "forward and gradients")
+
+
 def layer_sides(shape, D=20):
-    """Two dicts of functions without arguments: forward, and forward with all gradients."""
+    """{pass of PASSES: {side: function without arguments}}"""
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")  # says of every new tf.function that it is one
     x, forwards = layer_functions(shape, D)
     upstream = tf.constant(np.random.default_rng(1).normal(size=shape), tf.float32)
 
-    def both(forward, parameters):
+    def with_gradients(forward, parameters=()):
         def value_and_gradients(x, upstream):
             with tf.GradientTape() as tape:
                 tape.watch(x)
@@ -169,12 +172,14 @@ def layer_sides(shape, D=20):
         return value_and_gradients
 
     # On a CPU a tf.function returns when its outputs are there: no synchronisation is needed.
-    forward_sides, both_sides = {}, {}
+    sides = {what: {} for what in PASSES}
     for name, (forward, parameters, compiled) in forwards.items():
         compile_ = partial(tf.function, jit_compile=compiled or None, autograph=False)
-        forward_sides[name] = partial(compile_(lambda x, f=forward: f(x)), x)
-        both_sides[name] = partial(compile_(both(forward, parameters)), x, upstream)
-    return forward_sides, both_sides
+        sides["forward"][name] = partial(compile_(lambda x, f=forward: f(x)), x)
+        in_x, in_all = map(compile_, (with_gradients(forward), with_gradients(forward, parameters)))
+        sides["forward and gradient in x"][name] = partial(in_x, x, upstream)
+        sides["forward and gradients"][name] = partial(in_all, x, upstream)
+    return sides
 
 
 def layer(quick, arguments):
@@ -186,8 +191,7 @@ def layer(quick, arguments):
     section = {"shapes": {}, "growth": {}, "D": D}
     for shape in shapes:
         found = section["shapes"]["x".join(map(str, shape))] = {}
-        passes = zip(("forward", "forward and gradients"), layer_sides(shape, D), strict=True)
-        for what, sides in passes:
+        for what, sides in layer_sides(shape, D).items():
             times = alternate(sides, rounds)
             print_table(f"{what}, {shape}, D = {D}", times, to="swish")
             found[what] = {
@@ -196,7 +200,7 @@ def layer(quick, arguments):
                 "to kaf": {name: ratio(times, name, FAST) for name in times},
             }
     for points in growth:
-        _, sides = layer_sides(growth_shape, points)
+        sides = layer_sides(growth_shape, points)["forward and gradients"]
         times = alternate(sides, 3 if quick else max(5, rounds // 3))
         print_table(f"forward and gradients, {growth_shape}, D = {points}", times, to="swish")
         section["growth"][str(points)] = {
@@ -276,9 +280,9 @@ def peak_of_fresh_process(side, shape, D):
 
 
 def peak_worker(side, shape, D):
-    _, both = layer_sides(shape, D)
+    both = layer_sides(shape, D)["forward and gradients"][side]
     for _ in range(3):
-        both[side]()
+        both()
     # Not getrusage: its maximum is inherited from the process that started this one.
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     print(1024 * int(status["VmHWM"].split()[0]))
@@ -435,6 +439,9 @@ def gradient(quick, arguments):
 # --------------------------------------------------------------------------- attack
 
 
+ATTACKED = (20, 60)  # first test images
+
+
 def default_model():
     models = HERE.parent / "models"
     preferred = models / "cifar10_resnet20_swish_seed0"
@@ -451,7 +458,7 @@ def attack(quick, arguments):
     from kaf_study.saved_models import open_model
 
     steps, restarts = (5, 2) if quick else (50, 10)
-    counts = [8, 16] if quick else [20, 200]  # ART called plainly takes minutes
+    counts = [8, 16] if quick else ATTACKED  # ART called plainly takes minutes
     rounds = arguments.rounds or 1
     folder = arguments.model or default_model()
     with open_model(str(folder)) as opened:
@@ -577,11 +584,14 @@ def end_points(results):
     return [
         ("plain formula / kaf, forward and gradients", find(*both, PLAIN, "median"), 12, least),
         ("the same, plain formula compiled", find(*both, COMPILED, "median"), 4, least),
-        (
-            "kaf / swish, forward",
-            find("layer", "shapes", first, "forward", "to swish", FAST, "median"),
-            2.5,
-            most,
+        *(
+            (
+                f"kaf / swish, {what}",
+                find("layer", "shapes", first, what, "to swish", FAST, "median"),
+                2.5,
+                most,
+            )
+            for what in ("forward", "forward and gradients")
         ),
         (
             "kept for the backward pass / input",
@@ -604,8 +614,8 @@ def end_points(results):
             for count in GRADIENT_SIZES
         ),
         (
-            "plain ART / ours, PGD-50-10, 200 images",
-            find("attack", "by_n", "200", "speed-up", "median"),
+            f"plain ART / ours, PGD-50-10, {ATTACKED[-1]} images",
+            find("attack", "by_n", str(ATTACKED[-1]), "speed-up", "median"),
             4,
             least,
         ),
@@ -622,6 +632,66 @@ def end_point_table(results):
             is_met = measured >= limit if sense == "at least" else measured <= limit
             shown, verdict = f"{measured:.3g}", "met" if is_met else "not met"
         lines.append(f"| {what} | {sense} {limit:g} | {shown} | {verdict} |")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------- where a step goes
+
+
+RESNET20_LAYERS = {"128x32x32x16": 7, "128x16x16x32": 6, "128x8x8x64": 6}  # activations of a shape
+LAYER_OF = {"kaf": FAST, "kaf_free": MOVING}  # activation of a step: side of a layer
+
+
+def step_profile(results):
+    """Where the time goes that a ResNet20's training step with KAFs takes beyond one with Swish.
+
+    The layers are timed alone, and added up. A step of fast adversarial training asks for the
+    gradient in x twice, in the attack and in the training; for that in the parameters once.
+
+    Returns:
+        Rows (what, {activation: ms beyond Swish}); [] where the step, or the layers' gradient in x
+        by itself, have not been measured.
+    """
+    try:
+        shapes, whole = results["layer"]["shapes"], results["step"]["resnet20"]["sides"]
+        found = {name: _beyond_swish(shapes, whole, name) for name in LAYER_OF}
+    except KeyError:
+        return []
+    return [(what, {name: found[name][what] for name in found}) for what in found["kaf"]]
+
+
+def _beyond_swish(shapes, whole, activation):
+    def layers(what):
+        sides = {shape: shapes[shape][what]["sides"] for shape in RESNET20_LAYERS}
+        return sum(
+            count * (sides[shape][side]["median_ms"] - sides[shape]["swish"]["median_ms"])
+            for shape, count in RESNET20_LAYERS.items()
+        )
+
+    side = LAYER_OF[activation]
+    forward, in_x, in_all = map(layers, PASSES)
+    return {
+        "forward, twice": 2 * forward,
+        "gradient in x, twice": 2 * (in_x - forward),
+        "gradient in the parameters": in_all - in_x,
+        "the layers, together": in_x + in_all,
+        "the whole step": whole[activation]["median_ms"] - whole["swish"]["median_ms"],
+    }
+
+
+def profile_table(results):
+    """Markdown, for benchmarks/README.md too: ms, and percent of Swish's step."""
+    profile = step_profile(results)
+    if not profile:
+        return "Not measured."
+    swish = results["step"]["resnet20"]["sides"]["swish"]["median_ms"]
+    lines = [
+        f"| ms of a step beyond Swish's {swish:.0f} | kaf | kaf_free |",
+        "| --- | ---: | ---: |",
+    ]
+    for what, found in profile:
+        shown = [f"{ms:.0f} ({ms / swish:.0%})" for ms in found.values()]
+        lines.append(f"| {what} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -644,7 +714,9 @@ def parse(argv=None):
     parser.add_argument("--model", help="attack: model folder (the swish ResNet20 in models/)")
     parser.add_argument("--data-dir", help="attack: folder of cifar-10-batches-py")
     parser.add_argument(
-        "--into", metavar="README.md", help="table: write it between <!-- benchmarks --> there"
+        "--into",
+        metavar="README.md",
+        help="table: written there, between <!-- benchmarks --> and between <!-- profile -->",
     )
     for name in ("--shape", "--side"):  # peak-worker's
         kind = {"type": int, "nargs": "+"} if name == "--shape" else {}
@@ -668,9 +740,11 @@ def run(arguments):
     make_writable(out.parent)
     results = _read(out)
     if arguments.section == "table":  # of what was measured before
-        print(end_point_table(results))
+        tables = {"benchmarks": end_point_table(results), "profile": profile_table(results)}
+        print(*tables.values(), sep="\n\n")
         if arguments.into:
-            put_table_into(arguments.into, end_point_table(results), "benchmarks")
+            for name, table in tables.items():
+                put_table_into(arguments.into, table, name)
         return
     sections = SECTIONS if arguments.section == "all" else (arguments.section,)
     for name in sections:

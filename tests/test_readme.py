@@ -14,6 +14,7 @@ from kaf_study import compare, mechanism
 from kaf_study.activations import STUDIED
 from kaf_study.claims import claims_table, studies
 from kaf_study.latex import listed
+from kaf_study.model_folder import trained_models
 from kaf_study.records import Evaluation, read_results
 from kaf_study.tables import original_table
 
@@ -68,6 +69,48 @@ def test_table_of_the_benchmarks_is_that_of_their_results(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "run.py", "table", "--into", copy]
     subprocess.run(command, check=True)
     assert copy.read_text(encoding="utf-8") == text
+
+
+def test_trainings_in_half_precision_are_told_as_recorded():
+    models = trained_models(ROOT / "results/precision")
+    settings = [m.settings | {"precision": None, "seed": None} for m in models]
+    assert all(one == settings[0] for one in settings)
+
+    def told(precision, figure, digits):
+        of = [figure(m) for m in models if m.settings["precision"] == precision]
+        ends = dict.fromkeys(f"{value:.{digits}f}" for value in (min(of), max(of)))
+        return " to ".join(ends)
+
+    def percent(name, what):
+        return told(name, lambda m: 100 * m.record["results"][f"validation_{what}"], 1)
+
+    def loss(name):
+        return told(name, lambda m: m.history["loss"].iloc[-1], 2)
+
+    half = "mixed_float16", "mixed_bfloat16"
+    float16, bfloat16 = (f"at {percent(name, 'clean')} and {percent(name, 'pgd')}" for name in half)
+    text = " ".join(RESULTS.split())
+    assert (
+        f"three seeds in float32 are at {percent('float32', 'clean')} % clean and "
+        f"{percent('float32', 'pgd')} under PGD-10 on {models[0].record['results']['validation_n']} "
+        f"validation images, mixed_float16 (one seed) {float16}, mixed_bfloat16 (one) {bfloat16}, "
+    ) in text
+    assert f"losses are {loss('float32')}, {loss(half[0])} and {loss(half[1])}." in text
+
+
+def test_sentences_of_the_benchmarks_are_of_their_results():
+    told = " ".join((ROOT / "benchmarks/README.md").read_text(encoding="utf-8").split())
+    measured = json.loads((ROOT / "benchmarks/results.json").read_text())
+    ratios = measured["step"]["resnet20"]["to swish"]
+    half = [ratios[f"swish, mixed_{name}"]["median"] for name in ("bfloat16", "float16")]
+    assert f"a step takes {half[0]:.2g} (bfloat16) and {half[1]:.2g} (float16) times" in told
+    beside = json.loads((ROOT / "benchmarks/against_autoattack.json").read_text())
+    found = beside["cifar10_resnet20_swish_seed0"]["verdicts of the first 64"]
+    ours, theirs = (sum(found["seconds"][side]) for side in ("ours", "theirs"))
+    standing = {len(found["stand"][side].split()) for side in ("ours", "theirs")}
+    assert f"took {ours:.0f} s here and {theirs:.0f} s by its authors' PyTorch" in told
+    assert f": {ours / theirs:.2f} of its time" in told
+    assert standing == {17} and f"{found['right when clean']} right when clean, the same 17" in told
 
 
 def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path):
