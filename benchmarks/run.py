@@ -1,6 +1,6 @@
 """What speed and memory are: ratios in one run, the sides alternating.
 
-    python benchmarks/run.py [layer|step|gradient|attack|all] [--quick] [--out results.json]
+    python benchmarks/run.py [layer|backends|step|gradient|attack|all] [--quick] [--out FILE]
 
 Every comparison calls its sides in turn (A B C A B C ...), so that whatever else the machine does
 falls on all of them; medians over rounds, the spread is the interquartile range, ratios are medians
@@ -31,7 +31,7 @@ from kaf_study.records import hardware, make_writable, versions, write_atomicall
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 QUICK_RESULTS = HERE.parent / "runs" / "benchmarks_quick.json"  # never mixed with real ones
-SECTIONS = ("layer", "step", "gradient", "attack")
+SECTIONS = ("layer", "backends", "step", "gradient", "attack")
 
 
 # --------------------------------------------------------------------------- measuring
@@ -286,6 +286,111 @@ def peak_worker(side, shape, D):
     # Not getrusage: its maximum is inherited from the process that started this one.
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     print(1024 * int(status["VmHWM"].split()[0]))
+
+
+# --------------------------------------------------------------------------- other backends
+
+
+def backends(quick, arguments):
+    """The expansion under Keras' JAX and torch, each in a process of its own, where installed."""
+    from importlib.util import find_spec
+
+    *shape, D = (8, 16, 3) if quick else (*LAYER_SHAPES[0], 20)
+    rounds = arguments.rounds or (2 if quick else 11)
+    section = {"shape": shape, "D": D}
+    for backend in ("jax", "torch"):
+        if not find_spec(backend):
+            print(f"{backend} is not installed: its side is left out")
+            continue
+        command = [sys.executable, __file__, "backend-worker", "--rounds", str(rounds)]
+        command += ["--shape", *map(str, (*shape, D))]
+        environment = os.environ | {"KERAS_BACKEND": backend}
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if run.returncode:
+            raise RuntimeError(f"the measurement under {backend} failed: {run.stderr[-500:]}")
+        section[backend] = json.loads(run.stdout.splitlines()[-1])
+        print(f"{backend}: {json.dumps(section[backend], indent=1)}")
+    return section
+
+
+def backend_worker(shape, D, rounds):
+    """Prints, as JSON: forward with gradients in x and alpha of KAF and of its formula."""
+    import keras
+
+    from kernel_expansion import (
+        equally_spaced_dictionary,
+        gaussian_expansion,
+        plain_expansion,
+        rule_of_thumb_bandwidth,
+    )
+
+    gamma = rule_of_thumb_bandwidth(D, 3.0)
+    dictionary = equally_spaced_dictionary(D, 3.0).astype("float32")
+    expansions = {
+        FAST: lambda x, alpha: gaussian_expansion(x, alpha, boundary=3.0, gamma=gamma),
+        PLAIN: lambda x, alpha: plain_expansion(
+            x, alpha, keras.ops.convert_to_tensor(dictionary), gamma
+        ),
+    }
+    generator = np.random.default_rng(0)
+    sizes = (shape, (D, shape[-1]), shape)
+    x, alpha, upstream = (generator.normal(size=size).astype("float32") for size in sizes)
+    of_backend = {"jax": jax_sides, "torch": torch_expansion_sides}[keras.backend.backend()]
+    sides, kept = of_backend(expansions, x, alpha, upstream)
+    times = alternate(sides, rounds)
+    found = {
+        "sides": statistics(times),
+        "to kaf": {name: ratio(times, name, FAST) for name in times},
+        "kept": {name: _round(elements / x.size) for name, elements in kept.items()},
+    }
+    print(json.dumps(found | {"version": sys.modules[keras.backend.backend()].__version__}))
+
+
+def jax_sides(expansions, x, alpha, upstream):
+    """{side: function without arguments}, under jit, and {side: elements kept}."""
+    import jax
+
+    def side(expansion):
+        @jax.jit
+        def value_and_gradients(x, alpha, upstream):
+            y, backward = jax.vjp(expansion, x, alpha)
+            return y, backward(upstream)
+
+        return lambda: jax.block_until_ready(value_and_gradients(x, alpha, upstream))
+
+    kept = {}
+    for name, expansion in expansions.items():
+        _, backward = jax.vjp(jax.jit(expansion), x, alpha)
+        kept[name] = sum(leaf.size for leaf in jax.tree.leaves(backward))
+    x, alpha, upstream = map(jax.numpy.asarray, (x, alpha, upstream))
+    return {name: side(expansion) for name, expansion in expansions.items()}, kept
+
+
+def torch_expansion_sides(expansions, x, alpha, upstream):
+    """{side: function without arguments}, eager and compiled, and {side: elements kept}."""
+    import torch
+
+    x, alpha = (torch.tensor(a, requires_grad=True) for a in (x, alpha))
+    upstream = torch.tensor(upstream)
+
+    def side(expansion):
+        return lambda: torch.autograd.grad(expansion(x, alpha), [x, alpha], upstream)
+
+    kept = {}
+    for name, expansion in expansions.items():
+        storages = {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.data_ptr()] = max(tensor.untyped_storage().nbytes() // 4, 1)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            expansion(x, alpha)
+        kept[name] = sum(storages.values())
+    sides = {name: side(expansion) for name, expansion in expansions.items()}
+    for name, expansion in expansions.items():
+        sides[f"{name} compiled"] = side(torch.compile(expansion))
+    return sides, kept
 
 
 # --------------------------------------------------------------------------- step
@@ -599,6 +704,24 @@ def end_points(results):
             2,
             most,
         ),
+        *(
+            (
+                f"plain formula / kaf, forward and gradients, under {label}",
+                find("backends", backend, "to kaf", PLAIN, "median"),
+                limit,
+                least,
+            )
+            for label, backend, limit in (("JAX's jit", "jax", 2), ("PyTorch, eager", "torch", 5))
+        ),
+        *(
+            (
+                f"kept for the backward pass / input, under {label}",
+                find("backends", backend, "kept", FAST),
+                2,
+                most,
+            )
+            for label, backend in (("JAX", "jax"), ("PyTorch", "torch"))
+        ),
         ("kaf / swish, ResNet20 step", find(*step_ratio, "kaf", "median"), 1.2, most),
         ("kaf_free / swish, ResNet20 step", find(*step_ratio, "kaf_free", "median"), 1.9, most),
         ("relu, ResNet20 step / PyTorch's", find(*torch, "relu", "median"), 1.1, most),
@@ -698,6 +821,9 @@ def profile_table(results):
 # --------------------------------------------------------------------------- the command
 
 
+WORKERS = ("peak-worker", "backend-worker")  # started by the sections
+
+
 def parse(argv=None):
     parser = CommandParser(
         prog="benchmarks/run.py",
@@ -705,8 +831,8 @@ def parse(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "section", nargs="?", default="all", choices=(*SECTIONS, "all", "table", "peak-worker"),
-        metavar="layer|step|gradient|attack|all|table",
+        "section", nargs="?", default="all", choices=(*SECTIONS, "all", "table", *WORKERS),
+        metavar="layer|backends|step|gradient|attack|all|table",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs")
     parser.add_argument("--out", type=Path, help=f"default {RESULTS.relative_to(HERE.parent)}")
@@ -726,9 +852,12 @@ def parse(argv=None):
 
 def main(argv=None):
     arguments = parse(argv)
-    if arguments.section == "peak-worker":
+    if arguments.section in WORKERS:
         *shape, D = arguments.shape
-        peak_worker(arguments.side, tuple(shape), D)
+        if arguments.section == "peak-worker":
+            peak_worker(arguments.side, tuple(shape), D)
+        else:
+            backend_worker(tuple(shape), D, arguments.rounds)
         return 0
     return run_command("benchmarks/run.py", lambda: run(arguments))
 
@@ -746,12 +875,11 @@ def run(arguments):
             for name, table in tables.items():
                 put_table_into(arguments.into, table, name)
         return
+    measure = dict(zip(SECTIONS, (layer, backends, step, gradient, attack), strict=True))
     sections = SECTIONS if arguments.section == "all" else (arguments.section,)
     for name in sections:
         began = time.monotonic()
-        measured = {"layer": layer, "step": step, "gradient": gradient, "attack": attack}[name](
-            arguments.quick, arguments
-        )
+        measured = measure[name](arguments.quick, arguments)
         results[name] = measured | {
             "quick": arguments.quick,
             "machine": hardware(),

@@ -45,6 +45,19 @@ def test_quick_layer_benchmark_writes_its_section_and_keeps_the_others(run, tmp_
     assert kept["kaf plain"] > 2
 
 
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends_are_measured_where_they_are_installed(run, backend, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    assert run.main(["backends", "--quick", "--out", str(out)]) == 0
+    section = json.loads(out.read_text())["backends"]
+    if importlib.util.find_spec(backend) is None:
+        assert backend not in section and f"{backend} is not installed" in capsys.readouterr().out
+        return
+    found = section[backend]
+    assert found["to kaf"]["kaf"]["median"] == 1 and {"kaf", "kaf plain"} <= set(found["sides"])
+    assert 1 <= found["kept"]["kaf"] < 2 < found["kept"]["kaf plain"]
+
+
 def test_gradients_are_taken_in_the_batches_of_attacks(run, tmp_path):
     out = tmp_path / "results.json"
     assert run.main(["gradient", "--quick", "--out", str(out)]) == 0
@@ -73,7 +86,7 @@ def test_end_points_are_judged_in_the_right_direction(run):
     verdicts = [
         line.split(" | ")[-1].strip(" |") for line in run.end_point_table(results).splitlines()
     ]
-    assert verdicts[2:] == ["not measured"] * 5 + ["not met", "met"] + ["not measured"] * 8 + [
+    assert verdicts[2:] == ["not measured"] * 9 + ["not met", "met"] + ["not measured"] * 8 + [
         "met"
     ]
 

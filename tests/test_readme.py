@@ -90,9 +90,10 @@ def test_trainings_in_half_precision_are_told_as_recorded():
     half = "mixed_float16", "mixed_bfloat16"
     float16, bfloat16 = (f"at {percent(name, 'clean')} and {percent(name, 'pgd')}" for name in half)
     text = " ".join(RESULTS.split())
+    (images,) = {m.record["results"]["validation_n"] for m in models}
     assert (
         f"three seeds in float32 are at {percent('float32', 'clean')} % clean and "
-        f"{percent('float32', 'pgd')} under PGD-10 on {models[0].record['results']['validation_n']} "
+        f"{percent('float32', 'pgd')} under PGD-10 on {images} "
         f"validation images, mixed_float16 (one seed) {float16}, mixed_bfloat16 (one) {bfloat16}, "
     ) in text
     assert f"losses are {loss('float32')}, {loss(half[0])} and {loss(half[1])}." in text
