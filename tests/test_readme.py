@@ -210,6 +210,11 @@ def test_what_the_attacks_were_held_against_is_told_as_it_is_kept():
     assert f"the first {n} test images of a JPEG copy of CIFAR-10, `{name}`" in told
     assert f"the same verdict on {verdicts['same verdict']} of {n}, {len(standing)} stand." in told
     assert f"`rapid` gives the same verdict on {same} of these {n}." in told
+    found = of_network["perturbations of fab-t"]
+    least, *_, most = found["ours / theirs, quantiles 0, 5, 50, 95, 100 %"]
+    pairs = f"towards {found['targets']} classes of {found['images']} of these images"
+    agree = f"within {100 * max(1 - least, most - 1):.2f} %, {found['found by both']} of"
+    assert f"{pairs} are theirs {agree} {found['targets'] * found['images']}." in told
     suites = sorted(ROOT.glob("models/*/robustness/suite-true-n500.json"))
     counts = []
     for path in suites:
