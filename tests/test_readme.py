@@ -229,6 +229,16 @@ def test_what_the_attacks_were_held_against_is_told_as_it_is_kept():
     autoattack = is_robust(network, "autoattack-true-n500")
     np.testing.assert_array_equal(autoattack, is_robust(network, "suite-true-n500"))
     assert f"`{network}` `autoattack` leaves {autoattack.sum()}, as `suite` does" in told
+    network = "cifar10_resnet20_swish_seed0"
+    autoattack = is_robust(network, "autoattack-true")
+    rapid = is_robust(network, "rapid-true-n10000")[: len(autoattack)]
+    first = f"of the first {len(autoattack):,} images of `{network}`"
+    assert f"{first} it leaves {autoattack.sum()}, `rapid` {rapid.sum()}." in told
+    network = "cifar10_light_cnn_kwta_seed0"
+    assert not is_robust(network, "autoattack-true").any()
+    assert not is_robust(network, "rapid-true-n10000").any()
+    (checks,) = (ROOT / "models" / network / "robustness").glob("checks-*.json")
+    assert json.loads(checks.read_text())["verdict"].startswith("NOT to be trusted")
 
 
 def is_robust(network, stem):
