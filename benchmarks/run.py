@@ -271,12 +271,16 @@ def bytes_kept(forward, parameters, compiled, x):
 
 def peak_of_fresh_process(side, shape, D):
     """Bytes resident at most during a few calls of forward and gradients."""
-    command = [sys.executable, __file__, "peak-worker", "--side", side]
-    command += ["--shape", *map(str, (*shape, D))]
-    run = subprocess.run(command, capture_output=True, text=True)
+    return int(answer_of_worker("peak-worker", shape, D, "--side", side))
+
+
+def answer_of_worker(worker, shape, D, *options, **environment):
+    """The last line that one of WORKERS prints, in a fresh process."""
+    command = [sys.executable, __file__, worker, *options, "--shape", *map(str, (*shape, D))]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if run.returncode:
-        raise RuntimeError(f"the memory measurement failed: {run.stderr[-500:]}")
-    return int(run.stdout.split()[-1])
+        raise RuntimeError(f"the measurement by {worker} failed: {run.stderr[-500:]}")
+    return run.stdout.splitlines()[-1]
 
 
 def peak_worker(side, shape, D):
@@ -302,13 +306,9 @@ def backends(quick, arguments):
         if not find_spec(backend):
             print(f"{backend} is not installed: its side is left out")
             continue
-        command = [sys.executable, __file__, "backend-worker", "--rounds", str(rounds)]
-        command += ["--shape", *map(str, (*shape, D))]
-        environment = os.environ | {"KERAS_BACKEND": backend}
-        run = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if run.returncode:
-            raise RuntimeError(f"the measurement under {backend} failed: {run.stderr[-500:]}")
-        section[backend] = json.loads(run.stdout.splitlines()[-1])
+        options = "--rounds", str(rounds)
+        answer = answer_of_worker("backend-worker", shape, D, *options, KERAS_BACKEND=backend)
+        section[backend] = json.loads(answer)
         print(f"{backend}: {json.dumps(section[backend], indent=1)}")
     return section
 

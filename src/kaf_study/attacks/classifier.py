@@ -52,10 +52,9 @@ def in_halves(function: Callable, *signature: tf.TensorSpec) -> Callable:
     traced = functools.cache(both.get_concrete_function)
 
     def of_any_size(*batch):
-        is_whole = len(batch[0]) <= FEW or tf.config.list_physical_devices("GPU")
-        return (function if is_whole else traced())(*batch)
+        return (function if len(batch[0]) <= FEW else traced())(*batch)
 
-    return of_any_size
+    return function if tf.config.list_physical_devices("GPU") else of_any_size
 
 
 class CompiledClassifier:
