@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from kaf_study import InputError, compare, figures
 from kaf_study.activations import STUDIED
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.cards import shown_verdicts
-from kaf_study.claims import CLAIMS, Claim, claims_table, means, studies
+from kaf_study.claims import CLAIMS, Claim, _with_lender, claims_table, means, studies
 from kaf_study.records import Evaluation, read_results, standard_error
 from kaf_study.tables import original_table
 
@@ -315,6 +316,48 @@ def test_verdicts_of_several_studies_stand_side_by_side(models, tmp_path):
     assert [claim for claim in cells["claim"] if claim] == list(
         dict.fromkeys(filter(None, cells["claim"]))
     )
+
+
+def test_one_seed_of_each_is_judged_by_the_spread_of_another_study(models, capsys):
+    for activation, standing in {"relu": 401, "swish": 459, "elu": 402}.items():
+        add_network(models, activation, 0, range(standing), epochs=30, name=f"long_{activation}")
+    short, long = sorted(
+        studies(read_results(models)), key=lambda study: study.models[0].settings["epochs"]
+    )
+    assert short.lender is None and long.lender == short
+    table = claims_table(long, [SWISH_ABOVE_RELU])
+    (row,) = table.itertuples()
+    # By hand: one seed of each differ by twice the variance between seeds, of 1 image; and 58 of
+    # 1,000 images by 1.
+    seeds, rest = (getattr(short.noise["robust"], name) for name in ("seed", "rest"))
+    assert float(seeds) == pytest.approx(1 / N**2)
+    images = (0.058 - 0.058**2) * N / (N - 1) - 2 * float(rest)
+    error = np.sqrt(2 * float(seeds) + images / N)
+    assert row.verdict == "more robust" and row.seeds == "1 / 1"
+    assert row.low < 0.058 - 1.96 * error < row.low + 0.001  # Student's is a little wider
+    averages = means(long)
+    assert averages.attrs["sd"] == means(short).attrs["sd"]
+    assert np.isfinite(averages[["robust_low", "robust_high"]]).all(axis=None)
+
+    assert compare.main([str(models)]) == 0
+    printed = capsys.readouterr().out
+    assert "pooled over the activations" in printed  # of the study of several seeds
+    whose = "taken from ResNet20 on CIFAR-10 (15 epochs of fast adversarial training)"
+    assert f"variance between seeds {whose}, as here is one seed of each" in printed
+    assert "(30 epochs of fast adversarial training), PGD\n" in printed
+
+
+@pytest.mark.parametrize("other", [{"epsilon": 4 / 255}, {"dataset": "digits"}, {"n": 500}])
+def test_no_study_lends_its_spread_to_one_of_other_images_or_another_radius(models, other):
+    for activation in ("relu", "swish"):
+        add_network(models, activation, 0, range(400), epochs=30, name=f"long_{activation}")
+    short, long = sorted(
+        studies(read_results(models)), key=lambda study: study.models[0].settings["epochs"]
+    )
+    n = other.pop("n", N)
+    changed = [replace(m, record=m.record | {"settings": m.settings | other}) for m in long.models]
+    assert _with_lender(replace(long, models=tuple(changed), n=n), [short]).lender is None
+    assert _with_lender(long, [short]).lender == short
 
 
 def test_compare_shows_no_claims_of_single_seeds(tmp_path, capsys):

@@ -19,8 +19,7 @@ from kaf_study.activations import ACTIVATION_COLORS, ACTIVATION_LABELS, STUDIED,
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.figures import __main__ as command
 from kaf_study.figures.kafs import activation_values
-from kaf_study.figures.style import common_training
-from kaf_study.model_folder import COPIES, model_labels, trained_models
+from kaf_study.model_folder import COPIES, common_training, model_labels, trained_models
 from kaf_study.records import Evaluation, read_results
 
 CLEAN = {"relu": 0.77, "swish": 0.79, "kaf": 0.78}

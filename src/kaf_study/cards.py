@@ -15,7 +15,7 @@ from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 from kaf_study.claims import MEASURES, Study
 from kaf_study.files import write_atomically
-from kaf_study.model_folder import DATASET_LABELS, TrainedModel, trained_models
+from kaf_study.model_folder import DATASET_LABELS, TrainedModel, common_training, trained_models
 from kaf_study.paired import LEVEL
 from kaf_study.records import percent
 from kaf_study.seeds import MARGIN
@@ -292,9 +292,12 @@ def _intervals(lows: Iterable[float], highs: Iterable[float], sign: str = "") ->
 def claim_notes(study: Study, averages: pd.DataFrame, claims: pd.DataFrame) -> list[str]:
     """What the figures of a study's tables are, in sentences."""
     sd = averages.attrs["sd"]
+    whose = "pooled over the activations"
+    if study.lender:
+        whose = f"taken from {common_training(study.lender.models)}, as here is one seed of each"
     lines = [
         f"{study.n:,} test images. Intervals are over images and seeds: Student's, with the "
-        "variance between seeds pooled over the activations "
+        f"variance between seeds {whose} "
         f"(standard deviation: clean {100 * sd['clean']:.2f}, robust {100 * sd['robust']:.2f} "
         "points).",
         "Verdicts hold at 5 % for all pairs of a claim together (Holm's correction), differences "

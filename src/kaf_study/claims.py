@@ -6,7 +6,7 @@ images and seeds, corrected within the claim.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -107,12 +107,14 @@ CLAIMS = (
 class Study:
     """Networks trained alike but for activation and seed, attacked on the same n images.
 
-    results: {"clean": {activation: bool (seeds, n)}, "robust": the same}.
+    results: {"clean": {activation: bool (seeds, n)}, "robust": the same}. lender: of one seed of
+    each activation, the study whose spread between seeds is taken to be this one's too.
     """
 
     models: tuple[TrainedModel, ...]
     n: int
     results: Mapping[str, Outcomes]
+    lender: "Study | None" = None
 
     @property
     def architecture(self) -> str:
@@ -122,6 +124,16 @@ class Study:
     def seeds(self) -> dict[str, int]:
         """How many of each activation."""
         return {name: len(x) for name, x in self.results["robust"].items()}
+
+    @property
+    def has_several_seeds(self) -> bool:
+        """Whether any activation has."""
+        return max(self.seeds.values()) > 1
+
+    @property
+    def noise(self) -> dict[str, Spread]:
+        """{measure: how networks differ from seed to seed}, its own or the lender's."""
+        return {measure: spread(x) for measure, x in (self.lender or self).results.items()}
 
 
 def studies(results: pd.DataFrame, kind: str = "pgd_true") -> list[Study]:
@@ -137,7 +149,18 @@ def studies(results: pd.DataFrame, kind: str = "pgd_true") -> list[Study]:
             if model is not None:
                 alike = tuple(model.settings.get(name) for name in ALIKE)
                 groups.setdefault(alike, []).append((model, path))
-    return [_study(group) for group in groups.values()]
+    found = [_study(group) for group in groups.values()]
+    return [study if study.has_several_seeds else _with_lender(study, found) for study in found]
+
+
+def _with_lender(study: Study, others: Iterable[Study]) -> Study:
+    """The lender is the largest that was attacked alike: as many images, of the same data."""
+
+    def attacked(one):
+        return one.n, *(one.models[0].settings.get(name) for name in ("dataset", "epsilon"))
+
+    lenders = [x for x in others if x.has_several_seeds and attacked(x) == attacked(study)]
+    return replace(study, lender=max(lenders, key=lambda one: len(one.models), default=None))
 
 
 def _study(group: list[tuple[TrainedModel, str]]) -> Study:
@@ -169,9 +192,9 @@ def means(study: Study) -> pd.DataFrame:
     """One row per activation: seeds, and of clean and robust accuracy mean, low and high (95 %).
 
     Fractions. `.attrs["sd"]`: {measure: standard deviation between seeds, pooled}, NaN of one seed
-    each; then low and high are infinite.
+    each without a lender; then low and high are infinite.
     """
-    noise = {measure: spread(x) for measure, x in study.results.items()}
+    noise = study.noise
     rows = []
     for name, count in study.seeds.items():
         row: dict[str, object] = {"activation": name, "seeds": count}
@@ -194,7 +217,7 @@ def claims_table(study: Study, claims: Iterable[Claim] = CLAIMS) -> pd.DataFrame
         pair alone; fractions), p_different and p_equal (corrected within the claim), verdict (of
         `WORDS`), why (of an undecided one).
     """
-    noise = {measure: spread(x) for measure, x in study.results.items()}
+    noise = study.noise
     tables = [_verdicts(claim, study, noise[claim.measure]) for claim in claims]
     tables = [table for table in tables if len(table)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

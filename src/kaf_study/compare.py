@@ -38,8 +38,9 @@ from kaf_study.cards import (
     shown_verdicts,
 )
 from kaf_study.claims import Study, beside_originals, claims_table, means, studies
-from kaf_study.figures import accuracy_robustness_scatter, common_training, save
+from kaf_study.figures import accuracy_robustness_scatter, save
 from kaf_study.files import make_writable, write_atomically
+from kaf_study.model_folder import common_training
 from kaf_study.records import read_results
 from kaf_study.tables import model_table, original_table, paired_tests, rapid_beside_stronger
 
@@ -141,13 +142,14 @@ class StudyTables(NamedTuple):
 def tables_of_studies(
     results: pd.DataFrame, kind: str, originals: pd.DataFrame | None = None
 ) -> list[StudyTables]:
-    """Means and verdicts of each study that has several seeds of an activation.
+    """Means and verdicts of each study that has several seeds of an activation, under an attack.
 
     Under the attack `kind` or, where all studies have one seed of each under that, under AutoAttack
-    or `rapid`.
+    or `rapid`. Beside them those with one seed of each that a study with several can lend its
+    spread between seeds.
     """
     for attack in dict.fromkeys((kind, "autoattack", "rapid")):
-        several = [study for study in studies(results, attack) if max(study.seeds.values()) > 1]
+        several = [study for study in studies(results, attack) if study.noise["robust"].df]
         if several:
             break
     name = COMBINED.get(attack, "PGD")

@@ -10,6 +10,7 @@
 saved_models.py opens the network; nothing here needs TensorFlow.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -220,6 +221,26 @@ def model_labels(models: Iterable[TrainedModel]) -> dict[Path, str]:
         folder: f"{label}, {folder.name}" if given.count(label) > 1 else label
         for folder, label in labels.items()
     }
+
+
+def common_training(models: Iterable[TrainedModel]) -> str:
+    """What the models have in common, in words: "ResNet20 on CIFAR-10 (15 epochs of ...)"."""
+    models = list(models)
+
+    def shared(values):
+        values = set(values)
+        return values.pop() if len(values) == 1 else None
+
+    architecture = shared(model.settings.get("architecture") for model in models)
+    names = {"light_cnn": "light CNN", "vgg": "VGG", None: "accuracy and robustness"}
+    words = [names.get(architecture) or re.sub(r"^resnet", "ResNet", architecture)]
+    if dataset := shared(model.dataset_label for model in models):
+        words.append(f"on {dataset}")
+    if epochs := shared(model.settings.get("epochs") for model in models):
+        kinds = {True: "ordinary ", False: "fast adversarial ", None: ""}
+        kind = kinds[shared(model.settings.get("epsilon") == 0 for model in models)]
+        words.append(f"({epochs} epochs of {kind}training)")
+    return " ".join(words)
 
 
 def with_training(results: pd.DataFrame) -> pd.DataFrame:

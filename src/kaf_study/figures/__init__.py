@@ -33,7 +33,7 @@ from kaf_study.figures.results import (
     survival_curves,
 )
 from kaf_study.figures.seeds import accuracies_over_seeds
-from kaf_study.figures.style import Line, common_training, save, shared_legend
+from kaf_study.figures.style import Line, save, shared_legend
 from kaf_study.figures.training import training_curves, training_steps
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "activation_histograms",
     "adversarial_examples",
     "by_layer",
-    "common_training",
     "curvature_and_robustness",
     "functions_and_derivatives",
     "image_rows",

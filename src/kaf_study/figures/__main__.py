@@ -16,10 +16,10 @@ from kaf_study.figures.insights import curvature_and_robustness
 from kaf_study.figures.kafs import initial_network, kaf_shapes, kaf_shapes_side_by_side
 from kaf_study.figures.results import accuracy_robustness_scatter, smallest_perturbations
 from kaf_study.figures.seeds import accuracies_over_seeds
-from kaf_study.figures.style import Line, common_training, save
+from kaf_study.figures.style import Line, save
 from kaf_study.figures.training import training_curves
 from kaf_study.mechanism import curvature_table
-from kaf_study.model_folder import TrainedModel, model_labels, trained_models
+from kaf_study.model_folder import TrainedModel, common_training, model_labels, trained_models
 from kaf_study.records import read_results
 
 

@@ -21,11 +21,10 @@ from kaf_study.figures.style import (
     MARKERS,
     axes_or_new,
     color_of,
-    common_training,
     labelled,
     marker_of,
 )
-from kaf_study.model_folder import with_training
+from kaf_study.model_folder import common_training, with_training
 from kaf_study.records import Evaluation
 
 # --------------------------------------------------------------------------- accuracy, robustness

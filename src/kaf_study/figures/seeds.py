@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from kaf_study.activations import ACTIVATION_LABELS
 from kaf_study.claims import MEASURES, Study, means
-from kaf_study.figures.style import color_of, common_training, marker_of
+from kaf_study.figures.style import color_of, marker_of
+from kaf_study.model_folder import common_training
 
 
 def accuracies_over_seeds(study: Study, attack: str) -> Figure:

@@ -1,7 +1,6 @@
 """What all figures share: one colour and marker per activation and kind, words, and saving."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +23,6 @@ from kaf_study.activations import (
     kind_of,
 )
 from kaf_study.files import make_writable
-from kaf_study.model_folder import TrainedModel
 
 MARKERS = {  # kind of activation -> marker, size
     FIXED: ("d", 10),
@@ -94,26 +92,6 @@ def shared_legend(figure: Figure, ncols: int = 4) -> None:
 def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
     """`ax`, or that of a new figure of this size in inches."""
     return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
-
-
-def common_training(models: Iterable[TrainedModel]) -> str:
-    """What the models have in common, in words: "ResNet20 on CIFAR-10 (15 epochs of ...)"."""
-    models = list(models)
-
-    def shared(values):
-        values = set(values)
-        return values.pop() if len(values) == 1 else None
-
-    architecture = shared(model.settings.get("architecture") for model in models)
-    names = {"light_cnn": "light CNN", "vgg": "VGG", None: "accuracy and robustness"}
-    words = [names.get(architecture) or re.sub(r"^resnet", "ResNet", architecture)]
-    if dataset := shared(model.dataset_label for model in models):
-        words.append(f"on {dataset}")
-    if epochs := shared(model.settings.get("epochs") for model in models):
-        kinds = {True: "ordinary ", False: "fast adversarial ", None: ""}
-        kind = kinds[shared(model.settings.get("epsilon") == 0 for model in models)]
-        words.append(f"({epochs} epochs of {kind}training)")
-    return " ".join(words)
 
 
 def save(figure: Figure | SubFigure, path: str | Path) -> None:
