@@ -32,6 +32,7 @@ TINY = {
     "figures": [{"kind": "scatter", "out": "imgs/scatter.png"}],
     "tables": {
         "folders": "models",
+        "curvature": "models/*",
         "into": "RESULTS.md",
         "answer": "RESULTS.md",
         "originals": None,
@@ -92,7 +93,8 @@ def test_of_what_is_committed_nothing_is_to_be_done_whatever_the_times(tmp_path)
         group["seeds"] = {
             activation: seeds[:1]
             for activation, seeds in group["seeds"].items()
-            if (ROOT / f"models/cifar10_resnet20_{activation}_seed{seeds[0]}/robustness").exists()
+            for name in [group["name"].format(activation=activation, seed=seeds[0])]
+            if (ROOT / "models" / name / "robustness").exists()
         }
     assert sum(len(group["seeds"]) for group in study["trainings"]) >= 8
     study |= {"attacks": attacks, "attacks_on_first_seeds": []}
