@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kaf_study import compare, mechanism
-from kaf_study.activations import STUDIED
+from kaf_study.activations import STUDIED, is_kaf
 from kaf_study.claims import claims_table, studies
 from kaf_study.latex import listed
 from kaf_study.model_folder import trained_models
@@ -247,6 +247,38 @@ def test_what_the_attacks_were_held_against_is_told_as_it_is_kept():
     assert not is_robust(network, "rapid-true-n10000").any()
     (checks,) = (ROOT / "models" / network / "robustness").glob("checks-*.json")
     assert json.loads(checks.read_text())["verdict"].startswith("NOT to be trusted")
+
+
+def test_what_is_told_of_distances_is_that_of_the_result_files():
+    text = " ".join(RESULTS.split())
+    medians, standing = {}, {8: {}, 24: {}}
+    for name in STUDIED:
+        network = f"cifar10_resnet20_{name}_seed0"
+        path = ROOT / f"models/{network}/robustness/deepfool-linf-50-1-true-eps255.json"
+        if path.exists():
+            result = Evaluation.read(path)
+            norms = 255 * result.images["linf"].where(result.is_clean)
+            assert result.is_robust.sum() == 0 and len(norms) == 1000
+            medians[STUDIED[name].label] = norms.median()
+            for radius, shares in standing.items():
+                shares[name] = 100 * (norms > radius).mean()
+    low, high = min(medians, key=medians.get), max(medians, key=medians.get)
+    ends = f"{medians[low]:.1f}/255 ({low}) to {medians[high]:.1f}/255 ({high})"
+    assert f"right when clean have fallen at {ends}, and" in text
+
+    def span(shares):
+        return f"{min(shares):.1f} to {max(shares):.1f}"
+
+    assert f"{span(standing[8].values())} % of all stand at 8/255" in text
+    kafs = [share for name, share in standing[24].items() if is_kaf(name)]
+    fixed = [share for name, share in standing[24].items() if not is_kaf(name)]
+    assert (len(kafs), len(fixed)) == (5, 3)
+    assert f"it leaves {span(kafs)} % with the five KAFs, {span(fixed)} with ReLU, ELU" in text
+    left = [
+        f"{100 * is_robust(f'cifar10_resnet20_{name}_seed0', 'rapid-true-eps24').mean():.1f}"
+        for name in ("swish", "kaf_swish", "kaf")
+    ]
+    assert "leaves {} % with Swish, {} with KAF_Swish and {} with KAF:".format(*left) in text
 
 
 def is_robust(network, stem):

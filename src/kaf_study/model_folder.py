@@ -197,12 +197,14 @@ def trained_models(*folders: Path | str) -> list[TrainedModel]:
     return sorted(models.values(), key=model_order)
 
 
-def model_order(model: TrainedModel) -> tuple[str, str, int, str]:
-    """Sorts models by data set, architecture, activation as in the tables, and name."""
+def model_order(model: TrainedModel | None) -> tuple[bool, str, str, int, str]:
+    """Sorts models by data set, architecture, activation as in the tables, and name; None last."""
+    if model is None:
+        return (True, "", "", 0, "")
     known = list(ACTIVATION_LABELS)
     place = known.index(model.activation) if model.activation in known else len(known)
     s = model.settings
-    return (str(s.get("dataset")), str(s.get("architecture")), place, model.folder.name)
+    return (False, str(s.get("dataset")), str(s.get("architecture")), place, model.folder.name)
 
 
 def model_labels(models: Iterable[TrainedModel]) -> dict[Path, str]:

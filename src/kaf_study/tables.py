@@ -89,8 +89,7 @@ def model_table(results: pd.DataFrame) -> pd.DataFrame:
     for folder in folders:
         found = {kind: rows.loc[folder] for kind, rows in chosen.items() if folder in rows.index}
         training = next(iter(found.values()))["training"]
-        place = (training is None, model_order(training) if training else ())
-        table.append((place, _row(folder, found, clean_kind)))
+        table.append((model_order(training), _row(folder, found, clean_kind)))
     frame = pd.DataFrame([row for _, row in sorted(table, key=lambda item: item[0])])
     _refuse_twins(frame, "model", "folder")
     frame.attrs |= {"n": n, "chosen": chosen, "clean_kind": clean_kind}

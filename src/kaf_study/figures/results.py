@@ -24,7 +24,7 @@ from kaf_study.figures.style import (
     labelled,
     marker_of,
 )
-from kaf_study.model_folder import common_training, with_training
+from kaf_study.model_folder import common_training, model_order, with_training
 from kaf_study.records import Evaluation
 
 # --------------------------------------------------------------------------- accuracy, robustness
@@ -249,6 +249,7 @@ def smallest_perturbations(
             "robustness_eval.py MODEL --attack deepfool-linf --eps 255"
         )
     rows = with_training(_one_protocol(results, "true", protocol))
+    rows = rows.sort_values("training", key=lambda models: models.map(model_order))
     ax = axes_or_new(ax, (8, 4.8))
     found = []
     for path in rows["path"]:
