@@ -145,7 +145,9 @@ def test_the_answer_over_seeds_is_that_of_the_result_files():
     found = studies(read_results(ROOT / "models"), "rapid")
     (study,) = [one for one in found if one.has_several_seeds]
     table = claims_table(study).set_index(["claim", "first", "second"])
-    seeds = {study.seeds[name] for name in ("relu", "swish", "kaf_relu", "kaf_elu", "kaf_swish")}
+    seeds = {
+        study.seeds[name] for name in ("relu", "swish", "kaf", "kaf_relu", "kaf_elu", "kaf_swish")
+    }
     assert seeds == {3} and study.n == 10_000
     over_relu = {"swish": table.loc["Swish is the most robust", "swish", "relu"]} | {
         name: row
@@ -184,8 +186,14 @@ def test_results_tell_the_verdicts_over_seeds():
         rows = table.loc[claim]
         return listed([STUDIED[name].label for name in rows[column][rows["verdict"] == verdict]])
 
-    less = labels("Swish is the most robust", "second", "more robust")
-    assert f"| It is more robust than {less}. The KAFs" in text
+    less, equal, rest = (
+        labels("Swish is the most robust", "second", verdict)
+        for verdict in ("more robust", "equal within 1 point", "undecided")
+    )
+    told = (
+        f"| It is more robust than {less} and equal to {equal} within a point; {rest} are not told"
+    )
+    assert told in text
     rows = table.loc["KAFs are more accurate than ReLU"]
     rows = rows[rows["verdict"] == "less accurate"]
     less = labels("KAFs are more accurate than ReLU", "first", "less accurate")
