@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from kaf_study import compare, mechanism
-from kaf_study.activations import STUDIED, is_kaf
+from kaf_study.activations import RANDOM_KAF, STUDIED, is_kaf
 from kaf_study.claims import claims_table, studies
 from kaf_study.latex import listed
+from kaf_study.lr_policy import LRFinderResult
 from kaf_study.model_folder import trained_models
 from kaf_study.records import Evaluation, read_results
 from kaf_study.tables import original_table
@@ -287,6 +289,21 @@ def test_what_is_told_of_distances_is_that_of_the_result_files():
         for name in ("swish", "kaf_swish", "kaf")
     ]
     assert "leaves {} % with Swish, {} with KAF_Swish and {} with KAF:".format(*left) in text
+
+
+def test_rates_of_the_vgg_are_those_of_its_range_tests():
+    least, losses = {}, {}
+    for path in ROOT.glob("results/range_test_vgg/steps200/*.csv"):
+        table = pd.read_csv(path)
+        found = LRFinderResult(*table[["learning_rate", "loss"]].to_numpy().T, diverged=False)
+        least[path.stem] = found.lrs[np.argmin(found.smoothed)]
+        losses[path.stem] = found.smoothed.min()
+    random = {name for name in least if STUDIED[name].kind == RANDOM_KAF}
+    assert len(least) == 7 and random == {"kaf", "kaf_free"}
+    assert all((losses[name] > 2.2) == (name in random) for name in losses)  # chance: 2.303
+    least = {STUDIED[name].label: rate for name, rate in least.items() if name not in random}
+    ends = [f"{least[name]:.3f} ({name})" for name in sorted(least, key=least.get)]
+    assert f"least at {ends[0]} to {ends[-1]}; KAF and KAF_Free" in " ".join(RESULTS.split())
 
 
 def is_robust(network, stem):
