@@ -149,7 +149,8 @@ def tables_of_studies(
     spread between seeds.
     """
     for attack in dict.fromkeys((kind, "autoattack", "rapid")):
-        several = [study for study in studies(results, attack) if study.noise["robust"].df]
+        attacked = studies(results, attack)
+        several = [study for study in attacked if study.has_several_seeds or study.lender]
         if several:
             break
     name = COMBINED.get(attack, "PGD")
