@@ -9,7 +9,8 @@
 same network in PyTorch (an environment with torch and pyautoattack, the authors' package) and runs
 the members of standard AutoAttack, each on what the ones before left standing; `ours` does the same
 here. Both write FILE.theirs.npz or FILE.ours.npz: by which member each image fell, and seconds.
-`compare` puts into against_autoattack.json what of it agrees.
+`ours` ends with `rapid` on the same images, so that its seconds stand beside AutoAttack's in one
+run. `compare` puts into against_autoattack.json what of it agrees.
 With `--fab-norms TARGETS`, FAB-T runs alone instead, on all images that are right when clean, and
 its smallest perturbation towards each of so many targets is kept.
 """
@@ -25,6 +26,7 @@ import numpy as np
 
 EPSILON = 8 / 255
 MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
+RAPID = ("pgd", "margin-t")
 
 
 def export(folder: Path, file: Path, n: int) -> None:
@@ -110,10 +112,11 @@ def x_parts(index, batch_size):
 
 
 class Members:
-    """Runs members one after the other; keeps who felled an image, and seconds."""
+    """Runs members, of `all_names`, one after the other; keeps who felled an image, and seconds."""
 
-    def __init__(self, file, n):
+    def __init__(self, file, n, all_names=MEMBERS):
         self.file = file
+        self.all_names = all_names
         self.felled_by = np.full(n, "", "<U8")
         self.seconds = {}
 
@@ -127,7 +130,7 @@ class Members:
             self.felled_by[index[fell]] = name
             standing[index[fell]] = False
             print(f"{name}: {len(index)} attacked, {fell.sum()} fell, {self.seconds[name]:.0f} s")
-            seconds = np.array([self.seconds.get(name, np.nan) for name in MEMBERS])
+            seconds = np.array([self.seconds.get(name, np.nan) for name in self.all_names])
             np.savez(self.file, felled_by=self.felled_by, seconds=seconds)
 
 
@@ -143,7 +146,7 @@ def theirs(file: Path, n: int, names, fab_targets: int, batch_size: int, threads
     with torch.no_grad():
         logits = torch.cat([network(part) for part in x.split(100)]).numpy()
     print(f"logits differ from Keras' by at most {np.abs(logits - kept['logits'][:n]).max():.1e}")
-    right = logits.argmax(axis=1) == kept["y"][:n]
+    right = logits.argmax(axis=1) == kept["y"][:n]  # by its own logits
     adversary = AutoAttack(network, eps=EPSILON, seed=0, version="standard")
     adversary.apgd.loss = "ce"
     adversary.fab.targeted = True
@@ -197,8 +200,9 @@ def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
     model = keras.saving.load_model(Path(str(kept["folder"])) / "model.keras", compile=False)
     x, y = kept["x"][:n], kept["y"][:n].astype("int64")
     classifier = CompiledClassifier(inference_twin(model, x[:2]), 10, (32, 32, 3))
-    right = kept["logits"][:n].argmax(axis=1) == y
+    right = right_of(kept, n)
     settings = dict(zip(MEMBERS, AttackSettings("autoattack", EPSILON).members, strict=True))
+    settings |= zip(RAPID, AttackSettings("rapid", EPSILON).members, strict=True)
 
     def run(attack, index, restart):
         return attack.run(x[index], y[index], index, restart, seed=0, batch_size=batch_size)
@@ -210,7 +214,8 @@ def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
         return fell
 
     if not fab_targets:
-        Members(file.with_suffix(".ours.npz"), len(x)).run(names, right, attack)
+        Members(file.with_suffix(".ours.npz"), len(x)).run(names, right.copy(), attack)
+        Members(file.with_suffix(".rapid.npz"), len(x), RAPID).run(RAPID, right, attack)
         return
 
     class Recording(FAB):
@@ -239,6 +244,11 @@ def compare(file: Path, into: Path) -> None:
     ours, theirs = (np.load(file.with_suffix(f".{side}.npz")) for side in ("ours", "theirs"))
     if "felled_by" in ours:
         of, found = "verdicts", of_verdicts(kept, ours["felled_by"], theirs["felled_by"])
+        rapid = np.load(file.with_suffix(".rapid.npz"))
+        found["rapid"] = {
+            "stand": stand(kept, rapid["felled_by"]),
+            "seconds": rapid["seconds"].round(1).tolist(),
+        }
     else:
         index, a, b = ours["index"], ours["norms"], theirs["norms"]
         of, found = "perturbations of fab-t", of_norms(index, a, b)
@@ -258,19 +268,26 @@ def by_side(ours, theirs) -> dict:
     return {"ours": ours, "theirs": theirs}
 
 
+def right_of(kept, n):
+    """Whether each of the first n images is right when clean, (n,) bool."""
+    return kept["logits"][:n].argmax(axis=1) == kept["y"][:n]
+
+
+def stand(kept, felled_by) -> str:
+    """The images that stand, where felled_by (N,) names what felled one."""
+    return " ".join(map(str, np.flatnonzero(right_of(kept, len(felled_by)) & (felled_by == ""))))
+
+
 def of_verdicts(kept, ours, theirs) -> dict:
     """Which of N images stand, and how many fell to whom, here and there.
 
     differ: {image: [by whom here, by whom there]}.
     """
-    right = kept["logits"][: len(ours)].argmax(axis=1) == kept["y"][: len(ours)]
     differ = np.flatnonzero((ours == "") != (theirs == ""))
     return {
         "images": len(ours),
-        "right when clean": int(right.sum()),
-        "stand": by_side(
-            *(" ".join(map(str, np.flatnonzero(right & (d == "")))) for d in (ours, theirs))
-        ),
+        "right when clean": int(right_of(kept, len(ours)).sum()),
+        "stand": by_side(stand(kept, ours), stand(kept, theirs)),
         "felled by": {
             member: [int((side == member).sum()) for side in (ours, theirs)] for member in MEMBERS
         },

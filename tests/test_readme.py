@@ -107,12 +107,24 @@ def test_sentences_of_the_benchmarks_are_of_their_results():
     ratios = measured["step"]["resnet20"]["to swish"]
     half = [ratios[f"swish, mixed_{name}"]["median"] for name in ("bfloat16", "float16")]
     assert f"a step takes {half[0]:.2g} (bfloat16) and {half[1]:.2g} (float16) times" in told
+    wide = json.loads((ROOT / "benchmarks/results_avx512.json").read_text())
+    layers = wide["layer"]["shapes"]["128x32x32x16"]["forward and gradients"]["to kaf"]
+    assert f"layer are {layers['kaf plain']['median']:.1f} times as fast as the plain" in told
+    ratios = {name: one["median"] for name, one in wide["step"]["resnet20"]["to swish"].items()}
+    step = f"{ratios['kaf']:.2f} (KAF) and {ratios['kaf_free']:.2f} (KAF_Free) times Swish's"
+    assert f"step of a ResNet20 takes {step}" in told
+    half = ratios["swish, mixed_bfloat16"], ratios["kaf, mixed_bfloat16"] / ratios["kaf"]
+    assert f"takes {half[0]:.2f} of a step's time with Swish and {half[1]:.2f} with KAF" in told
+    assert f"in no such form, {ratios['swish, mixed_float16']:.0f} times as long" in told
     beside = json.loads((ROOT / "benchmarks/against_autoattack.json").read_text())
     found = beside["cifar10_resnet20_swish_seed0"]["verdicts of the first 64"]
     ours, theirs = (sum(found["seconds"][side]) for side in ("ours", "theirs"))
     standing = {len(found["stand"][side].split()) for side in ("ours", "theirs")}
     assert f"took {ours:.0f} s here and {theirs:.0f} s by its authors' PyTorch" in told
     assert f": {ours / theirs:.2f} of its time" in told
+    rapid = sum(found["rapid"]["seconds"])
+    assert f"`rapid` took {rapid:.1f} s on these images, {rapid / ours:.3f} of AutoAttack's" in told
+    assert found["rapid"]["stand"] == found["stand"]["ours"] == found["stand"]["theirs"]
     assert standing == {17} and f"{found['right when clean']} right when clean, the same 17" in told
 
 
