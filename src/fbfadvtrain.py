@@ -230,6 +230,7 @@ class FastBetterFreeTrainedModel(keras.Model):
 
     Batch norm is in training mode in both passes of a step and its moving statistics are updated in
     both (Wong et al. tried evaluation mode for the attack pass: 44.3 against 44.9 % robust).
+    With eps and alpha 0 there is no attack pass: a step is Keras' own.
 
     Under a tf.distribute.Strategy a step changes the weights as it does on one device, but for
     batch norm, whose statistics are those of each replica's images unless its layers are
@@ -340,6 +341,8 @@ class FastBetterFreeTrainedModel(keras.Model):
         Returns:
             start, x_adv: like x, float, in pixel_range.
         """
+        if self.eps == self.alpha == 0:  # ordinary training, at the cost of ordinary training
+            return x, x
         low, high = self.pixel_range
         more = self.refinements
         growth = self._growth(more.ramp)

@@ -255,6 +255,21 @@ def test_a_step_is_the_ordinary_one_on_the_perturbed_batch(kind):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_with_no_radius_a_step_is_keras_own():
+    trained = []
+    for trainer in (partial(FastBetterFreeTrainedModel, eps=0, alpha=0), keras.Model):
+        keras.utils.set_random_seed(2)
+        inputs = keras.Input(SHAPE)
+        x = keras.layers.BatchNormalization()(keras.layers.Conv2D(3, 3)(inputs))
+        model = trainer(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
+        model.compile(keras.optimizers.SGD(0.1), CROSS_ENTROPY)
+        for seed in range(2):
+            model.train_on_batch(images(6, seed=seed), labels(6))
+        trained.append(model.weights)
+    for ours, keras_own in zip(*trained, strict=True):  # moving statistics: of one pass a step
+        np.testing.assert_allclose(ours, keras_own, atol=1e-6, err_msg=ours.path)
+
+
 def test_fit_takes_a_short_last_batch_and_counts_each_image_once():
     model, x, y = linear(eps=0, alpha=0), images(9), labels(9)
     model.compile(keras.optimizers.SGD(0.0), CROSS_ENTROPY, metrics=["accuracy"])
