@@ -87,14 +87,14 @@ def test_of_what_is_committed_nothing_is_to_be_done_whatever_the_times(tmp_path)
         shutil.copytree(ROOT / kind, tmp_path / kind, ignore=leave_out)
     for path in sorted(tmp_path.rglob("*")):
         os.utime(path, (0, random.Random(path.name).randrange(10**9)))
-    # Of each activation the seeds that were trained and attacked so far
+    # Of each activation the first seed, where it was attacked by more than `rapid` so far
     attacks = study["attacks_on_first_seeds"]
     for group in study["trainings"]:
         group["seeds"] = {
             activation: seeds[:1]
             for activation, seeds in group["seeds"].items()
             for name in [group["name"].format(activation=activation, seed=seeds[0])]
-            if (ROOT / "models" / name / "robustness").exists()
+            if (ROOT / "models" / name / "robustness/pgd-50-10-true.json").exists()
         }
     assert sum(len(group["seeds"]) for group in study["trainings"]) >= 8
     study |= {"attacks": attacks, "attacks_on_first_seeds": []}
