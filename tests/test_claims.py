@@ -303,19 +303,27 @@ def test_claims_are_of_rapid_where_pgd_has_one_seed_of_each(tmp_path, capsys):
     assert "under PGD-50-10" in printed  # the pairs, of the attack that was asked for
 
 
-def test_verdicts_of_several_studies_stand_side_by_side(models, tmp_path):
+def test_verdicts_of_several_studies_stand_side_by_side(models):
+    def side_by_side():
+        found = sorted(studies(read_results(models)), key=lambda s: s.models[0].settings["epochs"])
+        tables = map(claims_table, found)
+        names = ("short, of 15 epochs", "of 30 epochs")
+        return shown_verdicts(dict(zip(names, tables, strict=True)))
+
     for seed in range(2):
         add_network(models, "relu", seed, range(500 + seed), epochs=30, name=f"long_relu{seed}")
         add_network(models, "elu", seed, range(440 + seed), epochs=30, name=f"long_elu{seed}")
-    by_epochs = sorted(studies(read_results(models)), key=lambda s: s.models[0].settings["epochs"])
-    short, long = by_epochs
-    cells = shown_verdicts({"15 epochs": claims_table(short), "30 epochs": claims_table(long)})
-    rows = {row[1:3]: row[3:] for row in zip(*cells.values(), strict=True)}
-    assert rows["Swish", "ReLU"] == ("+5.8, more robust", "–")
-    assert rows["ELU", "ReLU"] == ("–", "-6.0, less robust")
-    assert [claim for claim in cells["claim"] if claim] == list(
-        dict.fromkeys(filter(None, cells["claim"]))
-    )
+    assert not any(side_by_side().values())  # no pair is in both
+    for seed in range(2):
+        add_network(models, "swish", seed, range(560 + seed), epochs=30, name=f"long_swish{seed}")
+    cells = side_by_side()
+    assert list(cells)[3:] == ["short, of 15", "of 30"]  # without the word that both end in
+    rows = list(zip(*cells.values(), strict=True))
+    assert rows[0] == (
+        "Swish is the most robust", "Swish", "ReLU", "+5.8, more robust", "+6.0, more robust",
+    )  # fmt: skip
+    assert {row[1:3] for row in rows} == {("Swish", "ReLU")}
+    assert len({row[0] for row in rows}) == len(rows)
 
 
 def test_one_seed_of_each_is_judged_by_the_spread_of_another_study(models, capsys):

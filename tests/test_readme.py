@@ -13,7 +13,7 @@ import pytest
 
 from kaf_study import compare, mechanism
 from kaf_study.activations import RANDOM_KAF, STUDIED, is_kaf
-from kaf_study.claims import claims_table, studies
+from kaf_study.claims import claims_table, means, studies
 from kaf_study.latex import listed
 from kaf_study.lr_policy import LRFinderResult
 from kaf_study.model_folder import trained_models
@@ -155,6 +155,22 @@ def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path)
     assert others in README_TEXT
 
 
+def test_every_original_network_is_told_of_with_its_interval():
+    tables = (ROOT / "results/original/README.md").read_text(encoding="utf-8")
+    of_relu = tables.split("| against resnet20_relu_ocrob_lrf |")[1]
+    rows = re.findall(r"^\| (resnet20_\w+) \| (\S+) \| (\S+) to (\S+) \|", of_relu, re.MULTILINE)
+    told = RESULTS.split("<!-- /originals -->")[1].split("## ")[0]
+    told = " ".join(told.replace("(95 %: ", "(").split())
+    told = told.replace("points below it (", "(").replace("points (", "(")
+    assert len(rows) >= 10
+    for name, *figures in rows:
+        difference, low, high = map(float, figures)
+        if difference < 0:
+            difference, low, high = -difference, -high, -low
+        if name != "resnet20_relu_ocrob":  # which overfitted
+            assert f" {difference:.1f} ({low:.1f} to {high:.1f})" in told, name
+
+
 def test_the_answer_over_seeds_is_that_of_the_result_files():
     found = studies(read_results(ROOT / "models"), "rapid")
     (study,) = [one for one in found if one.has_several_seeds]
@@ -183,6 +199,23 @@ def test_the_answer_over_seeds_is_that_of_the_result_files():
         if name != "swish":
             beginning = f"{STUDIED[name].label} {points} ("
         assert f"{beginning}{interval(row)})" in README_TEXT, name
+    (vgg,) = [one for one in found if one.architecture == "vgg"]
+    row = claims_table(vgg).set_index(["claim", "first", "second"])
+    row = row.loc["Swish is the most robust", "swish", "relu"]
+    assert (row["verdict"], set(vgg.seeds.values())) == ("more robust", {1})
+    points = f"{100 * row['difference']:.1f}"
+    told = f"in a VGG-like network, one seed of each, Swish {points} ({interval(row)})."
+    assert told in README_TEXT
+    of_both = means(vgg).set_index("activation").loc[["swish", "relu"]]
+    robust, clean = (
+        [f"{100 * mean:.1f}" for mean in of_both[measure]] for measure in ("robust", "clean")
+    )
+    told = (
+        f"by {points} points (95 %: {interval(row)}, with the spread between seeds that the "
+        f"ResNet20s have): {' against '.join(robust)} % of 10,000 images stand, "
+        f"{' and '.join(clean)} % are right when clean."
+    )
+    assert told in " ".join(RESULTS.split())
     told = (
         f"KAF_Swish stands {100 * trained['difference']:.1f} points above Swish "
         f"(95 %: {interval(trained)}; {trained['verdict']})"

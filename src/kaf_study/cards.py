@@ -4,6 +4,7 @@ Figures come from `tables` and `claims`; here they get their words, and their pl
 markers of a text. A table, as text, is {header: cells}.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,10 +251,14 @@ def shown_claims(table: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def shown_verdicts(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
-    """Tables of `claims.claims_table` {study: table} side by side, one column for each study."""
+    """Tables of `claims.claims_table` {study: table} side by side, of the pairs in several of them.
+
+    A column for each study, headed by its name without the words that all of them end in.
+    """
     pair = ["claim", "first", "second"]
     whole = pd.concat([table.assign(study=study) for study, table in tables.items()])
     order = {claim: place for place, claim in enumerate(whole["claim"].unique())}
+    whole = whole[whole.groupby(pair)["study"].transform("nunique") > 1]
     rows = whole.drop_duplicates(pair).sort_values(
         "claim", key=lambda c: c.map(order), kind="stable"
     )
@@ -262,15 +267,22 @@ def shown_verdicts(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
         "of": [ACTIVATION_LABELS.get(name, name) for name in rows["first"]],
         "against": [ACTIVATION_LABELS.get(name, name) for name in rows["second"]],
     }
-    for study, table in tables.items():
+    for heading, table in zip(_without_common_end(list(tables)), tables.values(), strict=True):
         texts = [
             f"{point}, {said}"
             for point, said in zip(_points(table["difference"]), table["verdict"], strict=True)
         ]
         found = dict(zip(table[pair].itertuples(index=False, name=None), texts, strict=True))
         keys = rows[pair].itertuples(index=False, name=None)
-        cells[study] = [found.get(key, "–") for key in keys]
+        cells[heading] = [found.get(key, "–") for key in keys]
     return cells
+
+
+def _without_common_end(names: list[str]) -> list[str]:
+    words = [name.split() for name in names]
+    from_the_end = zip(*(one[::-1] for one in words), strict=False)
+    shared = len(list(itertools.takewhile(lambda place: len(set(place)) == 1, from_the_end)))
+    return [" ".join(one[: max(1, len(one) - shared)]) for one in words]
 
 
 def _has_originals(claims: pd.DataFrame) -> bool:

@@ -174,7 +174,9 @@ def markdown_of(studied: list[StudyTables]) -> str:
         f"**{one.title}**\n\n{markdown_claims(one.study, one.means, one.claims)}" for one in studied
     ]
     if len(studied) > 1:
-        parts.append(markdown(shown_verdicts({one.title: one.claims for one in studied})))
+        verdicts = shown_verdicts({one.title: one.claims for one in studied})
+        if verdicts["claim"]:
+            parts.append(markdown(verdicts))
     return "\n\n".join(parts)
 
 
