@@ -22,7 +22,7 @@ from kaf_study.claims import ALIKE, Study, studies
 from kaf_study.latex import NONE, Report, listed, points, span, tabular
 from kaf_study.model_folder import model_labels, trained_models
 from kaf_study.records import percent, read_json, read_results
-from kaf_study.report_tests import paired, verdicts
+from kaf_study.report_tests import elsewhere, paired, verdicts
 from kaf_study.report_trainings import (
     cost,
     curvature_by_epoch,
@@ -138,6 +138,8 @@ def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame)
     first = table[table["folder"].isin(inside)].drop_duplicates("activation")
     paired(report, first.assign(model=first["activation"].map(ACTIVATION_LABELS)), kind, "Study")
     verdicts(report, seeds_study, originals, answers_all=seeds_study is study)
+    attacked_alike = studies(results, seeds_kind)
+    elsewhere(report, [other for other in attacked_alike if other.lender])
     return study
 
 

@@ -13,6 +13,7 @@ from kaf_study.activations import ACTIVATION_LABELS, STUDIED, is_trained_kaf
 from kaf_study.cards import shown_claims, shown_means, shown_pairs, told_apart
 from kaf_study.claims import Study, beside_originals, claims_table, means
 from kaf_study.latex import Report, listed, points, span, tabular
+from kaf_study.model_folder import common_training
 from kaf_study.paired import LEVEL
 from kaf_study.seeds import UNDECIDED
 from kaf_study.tables import paired_tests
@@ -116,6 +117,17 @@ def verdicts(report: Report, study: Study, originals: pd.DataFrame, *, answers_a
             "swish": list(sure["second"][sure["claim"] == MOST_ROBUST]),
         }
         answers(report, "Study", seen, list(study.seeds))
+
+
+def elsewhere(report: Report, others: Sequence[Study]) -> None:
+    """The verdicts of other studies, which have one seed of each activation; a sentence each."""
+    report.numbers["Elsewhere"] = " ".join(
+        f"{common_training(study.models)}, {len(study.seeds)} activations, {study.n:,} images: "
+        f"{'; '.join(decided(claims_table(study))) or 'no pair is told apart'}"
+        + ", with the spread between seeds of the networks above" * (study.lender is not None)
+        + "."
+        for study in others
+    )
 
 
 def decided(claims: pd.DataFrame) -> list[str]:
