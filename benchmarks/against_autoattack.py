@@ -26,7 +26,6 @@ import numpy as np
 
 EPSILON = 8 / 255
 MEMBERS = ("apgd-ce", "apgd-t", "fab-t", "square")
-RAPID = ("pgd", "margin-t")
 
 
 def export(folder: Path, file: Path, n: int) -> None:
@@ -121,7 +120,8 @@ class Members:
         self.seconds = {}
 
     def run(self, names, standing, attack):
-        """attack(name, index) -> fell, of the images at index (M,) that stand."""
+        """attack(name, index) -> fell, of the images at index (M,) that stand; standing (N,)."""
+        standing = standing.copy()
         for name in names:
             index = np.flatnonzero(standing)
             began = time.monotonic()
@@ -202,7 +202,8 @@ def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
     classifier = CompiledClassifier(inference_twin(model, x[:2]), 10, (32, 32, 3))
     right = right_of(kept, n)
     settings = dict(zip(MEMBERS, AttackSettings("autoattack", EPSILON).members, strict=True))
-    settings |= zip(RAPID, AttackSettings("rapid", EPSILON).members, strict=True)
+    rapid = {member.attack: member for member in AttackSettings("rapid", EPSILON).members}
+    settings |= rapid
 
     def run(attack, index, restart):
         return attack.run(x[index], y[index], index, restart, seed=0, batch_size=batch_size)
@@ -214,8 +215,8 @@ def ours(file: Path, n: int, names, fab_targets: int, batch_size: int) -> None:
         return fell
 
     if not fab_targets:
-        Members(file.with_suffix(".ours.npz"), len(x)).run(names, right.copy(), attack)
-        Members(file.with_suffix(".rapid.npz"), len(x), RAPID).run(RAPID, right, attack)
+        Members(file.with_suffix(".ours.npz"), len(x)).run(names, right, attack)
+        Members(file.with_suffix(".rapid.npz"), len(x), rapid).run(rapid, right, attack)
         return
 
     class Recording(FAB):

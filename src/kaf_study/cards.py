@@ -257,8 +257,8 @@ def shown_verdicts(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
     """
     pair = ["claim", "first", "second"]
     whole = pd.concat([table.assign(study=study) for study, table in tables.items()])
+    whole = whole[whole.duplicated(pair, keep=False)]
     order = {claim: place for place, claim in enumerate(whole["claim"].unique())}
-    whole = whole[whole.groupby(pair)["study"].transform("nunique") > 1]
     rows = whole.drop_duplicates(pair).sort_values(
         "claim", key=lambda c: c.map(order), kind="stable"
     )

@@ -65,17 +65,12 @@ def published(report: Report) -> None:
 # --------------------------------------------------------------------------- trained here
 
 
-def main_studies(results: pd.DataFrame) -> list[tuple[str, Study]]:
-    """Two (kind of attack, study), which may be one: of the most networks, and of the most seeds.
+def main_studies(attacked: Iterable[tuple[str, Study]]) -> list[tuple[str, Study]]:
+    """Two of some (kind of attack, study), which may be one: of most networks, and of most seeds.
 
     Of as many networks, the one of the most images.
     """
-    found = [
-        (kind, study)
-        for kind in ("pgd_true", "rapid", "autoattack")
-        for study in studies(results, kind)
-        if study.architecture == ARCHITECTURE
-    ]
+    found = [(kind, study) for kind, study in attacked if study.architecture == ARCHITECTURE]
     if not found:
         raise InputError(f"no {ARCHITECTURE} has results; make them with robustness_eval.py")
     widest = max(found, key=lambda pair: (activations_of(pair[1]), len(pair[1].models), pair[1].n))
@@ -89,7 +84,12 @@ def activations_of(study: Study) -> int:
 
 def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame) -> Study:
     """The networks attacked: their figures, and the tests and verdicts of the main study."""
-    (kind, study), (seeds_kind, seeds_study) = main_studies(results)
+    attacked = [
+        (kind, study)
+        for kind in ("pgd_true", "rapid", "autoattack")
+        for study in studies(results, kind)
+    ]
+    (kind, study), (seeds_kind, seeds_study) = main_studies(attacked)
     table = model_table(results)
     table = table[table["architecture"] == ARCHITECTURE]
     chosen, n = table.attrs["chosen"], table.attrs["n"]
@@ -138,8 +138,7 @@ def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame)
     first = table[table["folder"].isin(inside)].drop_duplicates("activation")
     paired(report, first.assign(model=first["activation"].map(ACTIVATION_LABELS)), kind, "Study")
     verdicts(report, seeds_study, originals, answers_all=seeds_study is study)
-    attacked_alike = studies(results, seeds_kind)
-    elsewhere(report, [other for other in attacked_alike if other.lender])
+    elsewhere(report, [other for kind, other in attacked if kind == seeds_kind and other.lender])
     return study
 
 
