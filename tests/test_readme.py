@@ -169,11 +169,29 @@ def test_every_original_network_is_told_of_with_its_interval():
             difference, low, high = -difference, -high, -low
         if name != "resnet20_relu_ocrob":  # which overfitted
             assert f" {difference:.1f} ({low:.1f} to {high:.1f})" in told, name
+    clean = dict(
+        re.findall(r"^\| (resnet20_kaf\w+) .* \| (\S+) \| [^|]+ \|$", of_relu, re.MULTILINE)
+    )
+    gained = [
+        " and ".join(figure[1:] for name, figure in clean.items() if name.startswith(kaf))
+        for kaf in (f"resnet20_{x}" for x in ("kafswish", "kafrelu", "kafelu", "kafs_free"))
+    ]
+    assert (
+        "{} points more accurate than ReLU, KAF_ReLU {}, KAF_ELU {}, KAF_Free {}.".format(*gained)
+        in told
+    )
 
 
-def test_the_answer_over_seeds_is_that_of_the_result_files():
+@pytest.fixture(scope="module")
+def of_rapid():
+    """The studies under `rapid`: that of several seeds, and all."""
     found = studies(read_results(ROOT / "models"), "rapid")
     (study,) = [one for one in found if one.has_several_seeds]
+    return study, found
+
+
+def test_the_answer_over_seeds_is_that_of_the_result_files(of_rapid):
+    study, found = of_rapid
     table = claims_table(study).set_index(["claim", "first", "second"])
     seeds = {
         study.seeds[name] for name in ("relu", "swish", "kaf", "kaf_relu", "kaf_elu", "kaf_swish")
@@ -223,9 +241,8 @@ def test_the_answer_over_seeds_is_that_of_the_result_files():
     assert told in README_TEXT, told
 
 
-def test_results_tell_the_verdicts_over_seeds():
-    found = studies(read_results(ROOT / "models"), "rapid")
-    (study,) = [one for one in found if one.has_several_seeds]
+def test_results_tell_the_verdicts_over_seeds(of_rapid):
+    study, _ = of_rapid
     table = claims_table(study).set_index("claim")
     text = " ".join(RESULTS.split())
 
