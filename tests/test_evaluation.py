@@ -433,6 +433,73 @@ def test_attacked_images_are_kept_when_asked_for(saved, data):
         run_saved(saved, data, keep_images=True)
 
 
+# --- images that stand under true labels, and so under predicted ones
+
+
+@pytest.mark.parametrize("attack", ["pgd", "fgsm"])
+def test_what_stands_under_true_labels_need_not_be_attacked_again(cnn, data, attack, tmp_path):
+    settings = WEAK if attack == "pgd" else AttackSettings(attack, 3 / 255)
+    classifier = CompiledClassifier(cnn, CLASSES, SHAPE)
+    true = evaluate(classifier, *data, settings)
+    whole = evaluate(classifier, *data, predicted(settings))
+    spared = evaluate(classifier, *data, predicted(settings), execution=Execution(under_true=true))
+    assert csv(spared, tmp_path / "spared") == csv(whole, tmp_path / "whole")
+    stands = true.is_robust
+    assert 0 < spared.summary["standing_under_true_labels"] == stands.sum() < N
+    np.testing.assert_array_equal(spared.x_adv[~stands], whole.x_adv[~stands])
+    np.testing.assert_array_equal(spared.x_adv[stands], data[0][stands])  # nothing was done to them
+    assert "standing_under_true_labels" not in whole.summary | true.summary
+
+
+def test_a_run_that_spared_images_is_not_resumed_without_that(cnn, data, tmp_path):
+    partial, true = tmp_path / "partial.npz", evaluate(cnn, *data, WEAK)
+
+    def sparing(watch):
+        execution = replace(watch.execution(partial), under_true=true)
+        return evaluate(cnn, *data, predicted(WEAK), execution=execution)
+
+    whole = Watch()
+    sparing(whole)
+    partial.unlink()
+    with pytest.raises(Killed):
+        sparing(Watch(kill_at=len(whole.steps)))
+    kept, watch = partial.read_bytes(), Watch()
+    sparing(watch)
+    assert "resumed" in watch.said[0]
+    partial.write_bytes(kept)
+    _, watch = watched(cnn, *data, predicted(WEAK), partial)
+    assert not watch.said
+
+
+def test_saved_models_spare_what_stands_in_their_result(saved, data, tmp_path):
+    folder, settings = saved / "robustness", predicted(SETTINGS)
+    whole = run_saved(saved, data, settings=settings, out=tmp_path)
+    assert "standing_under_true_labels" not in whole.summary
+
+    true, watch = run_saved(saved, data), Watch()
+    spared = run_saved(saved, data, watch, settings)
+    stands = int(true.is_robust.sum())
+    assert spared.summary["standing_under_true_labels"] == stands > 0
+    path = folder / "pgd-3-2-true-toy-n60.json"
+    assert watch.said == [f"net: the {stands} images that stand in {path} are not attacked again"]
+    pd.testing.assert_frame_equal(spared.images, whole.images)
+    again = Watch()
+    assert run_saved(saved, data, again, settings).summary == spared.summary
+    assert "finished before" in again.said[0]
+
+    for named in ({"force": True}, {"force": True, "keep_images": True}):
+        repeated = run_saved(saved, data, settings=settings, **named)
+        assert "standing_under_true_labels" not in repeated.summary
+
+
+def test_the_result_of_another_model_spares_nothing(saved, cnn, data):
+    run_saved(saved, data)
+    keras.models.clone_model(cnn).save(saved / "model.keras")
+    watch = Watch()
+    result = run_saved(saved, data, watch, predicted(SETTINGS))
+    assert "standing_under_true_labels" not in result.summary and not watch.said
+
+
 # --- refusals
 
 

@@ -17,6 +17,8 @@ Two label protocols, never to be confused (`--labels`):
   also wrong images that were pushed onto their true class. It is therefore too
   high, and every key of the summary that holds it ends in `_predicted_labels`. (The published
   evaluation, ART 1.3.3, kept the best whole run of its restarts; this is per image, as ART is now.)
+  An image that stands under true labels is attacked alike here, its prediction being its label:
+  where a saved model has the result under true labels, such images are taken from there.
 
 Attacks (`kaf_study.attacks.registry`): `pgd` unless told otherwise. Three run several, each on what
 the ones before left standing, and an image is robust if it stands under all of them, the worst case
@@ -107,12 +109,15 @@ class Execution:
         belongs to this evaluation, its restarts are not repeated; it is left for the caller to
         remove.
     say: called with one line about what is re-used, resumed, or special about the model.
+    under_true: the result of the same attack on the same model and images under true labels. The
+        images that stand in it are not attacked again under predicted ones.
     """
 
     batch_size: int = 128
     progress: Callable[[int, int, int], None] | None = None
     partial: Path | None = None
     say: Callable[[str], None] = lambda line: None
+    under_true: Evaluation | None = None
 
     def __post_init__(self):
         check_count("batch size", self.batch_size, 1, MOST_IMAGES_TOGETHER)
@@ -150,13 +155,16 @@ def evaluate(
     members = settings.members_for(classifier.nb_classes)
     units = _units(members, classifier)
 
-    key = _key(settings, data, subject.model_sha256, clean)
+    stood = _standing(execution.under_true, settings, y)
+    key = _key(settings, data, subject.model_sha256, clean, stood)
     state = _State.resume(execution, key) or _State.start(key, x, clean, len(members))
     if execution.partial is not None:
         make_writable(Path(execution.partial).parent)  # or a restart would be attacked in vain
-    _run_attacks(units, x, y, clean, settings, state, execution)
+    _run_attacks(units, x, y, clean, settings, state, execution, stood)
 
     linf = check_perturbation(x, state.x_adv, settings.epsilon)
+    if execution.under_true is not None:
+        linf = np.where(stood, execution.under_true.images["linf"].astype(linf.dtype), linf)
     if fingerprint(x, y) != data:
         raise RuntimeError("the attack changed the images it was given")
     again = classifier.predict(state.x_adv, execution.batch_size).argmax(axis=-1)
@@ -169,6 +177,8 @@ def evaluate(
         "gradient_calls": state.gradient_calls,  # batches; interrupted restarts not counted
         "seconds": round(float(state.seconds.sum()), 1),
     }
+    if stood.any():
+        summary["standing_under_true_labels"] = int(stood.sum())  # and not attacked again
     return Evaluation(images, summary, state.x_adv)
 
 
@@ -246,6 +256,13 @@ def _check_input_shape(model, image_shape):
         )
 
 
+def _standing(under_true: Evaluation | None, settings: AttackSettings, y: np.ndarray) -> np.ndarray:
+    """(N,) bool: the images that an evaluation under true labels found standing."""
+    if under_true is None or settings.labels == "true":
+        return np.zeros(len(y), bool)
+    return under_true.is_robust.to_numpy()
+
+
 def _units(
     members: tuple[AttackSettings, ...], classifier: CompiledClassifier
 ) -> list[tuple[BatchAttack, int, int]]:
@@ -266,12 +283,16 @@ def _run_attacks(
     settings: AttackSettings,
     state: "_State",
     execution: Execution,
+    stood: np.ndarray,
 ) -> None:
-    """Run the restarts that `state` does not have yet; it is saved after each one."""
+    """Run the restarts that `state` does not have yet; it is saved after each one.
+
+    stood (N,): images that need no attack, because it is known that they stand.
+    """
     is_true = settings.labels == "true"
     targets = y if is_true else clean
     # True labels: an image that is wrong when clean is lost already.
-    standing = (clean == y if is_true else np.ones(len(x), bool)) & (state.felled_by < 0)
+    standing = (clean == y if is_true else ~stood) & (state.felled_by < 0)
     meter = _Meter(execution.progress, units, standing, state)
     for attack, number, restart in units[state.units_done :]:
         began, calls = time.monotonic(), attack.classifier.gradient_calls
@@ -374,9 +395,9 @@ class _State:
         return cls(**fields)
 
 
-def _key(settings, data, model_sha256, clean):
+def _key(settings, data, model_sha256, clean, stood):
     """Names an evaluation; the clean predictions tell models apart that come without a hash."""
-    named = [asdict(settings), data, model_sha256, clean.tolist()]
+    named = [asdict(settings), data, model_sha256, clean.tolist(), stood.tolist()]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
@@ -500,7 +521,7 @@ def evaluate_saved(
         force: repeat a finished evaluation, and overwrite that of another model.
         keep_images: the result must have x_adv; a finished one is taken only if they were saved
             beside it (`save_adversarial`), else repeated.
-        execution: its `partial` is chosen here.
+        execution: its `partial` and `under_true` are chosen here.
     """
     x, y = _check_images(images.x, images.y)
     if images.classes is not None:
@@ -517,6 +538,9 @@ def evaluate_saved(
         if finished is not None:
             partial.unlink(missing_ok=True)  # of a run that was killed just after it had finished
             return finished
+    under_true = None
+    if settings.labels == "predicted" and not force and not keep_images:
+        under_true = _under_true(directory, opened, settings, images.dataset, x, y, say)
     subject = Subject(images.dataset, images.classes, opened.name, opened.sha256)
     with locked(directory / f".{path.stem}.lock"):
         try:
@@ -526,7 +550,7 @@ def evaluate_saved(
                 y,
                 settings,
                 subject=subject,
-                execution=replace(execution, partial=partial, say=say),
+                execution=replace(execution, partial=partial, say=say, under_true=under_true),
             )
         except InputError as error:
             raise InputError(f"{str(opened.path)!r}: {error}") from None
@@ -594,10 +618,45 @@ def _finished(
     return replace(kept, x_adv=read_adversarial(attacked, x)) if keep_images else kept
 
 
+def _under_true(
+    directory: Path,
+    opened: LoadedModel,
+    settings: AttackSettings,
+    dataset: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    say: Callable[[str], None],
+) -> Evaluation | None:
+    """The finished result of the same attack under true labels, if there is one."""
+    true = replace(settings, labels="true")
+    path = directory / f"{true.stem(len(x), dataset)}.json"
+    if not path.exists():
+        return None
+    kept = Evaluation.read(path)
+    if _difference(kept.summary, opened, true, fingerprint(x, y)):
+        return None
+    say(f"the {int(kept.is_robust.sum())} images that stand in {path} are not attacked again")
+    return kept
+
+
 def _refuse_other(
     path: Path, summary: dict, opened: LoadedModel, settings: AttackSettings, data: str
 ) -> None:
     """A finished result is only re-used for the very same model, images and settings."""
+    if difference := _difference(summary, opened, settings, data):
+        raise InputError(
+            f"{str(path)!r} is the result of another evaluation ({difference}); "
+            "give --force to overwrite it, or another --out"
+        )
+
+
+def _difference(
+    summary: dict, opened: LoadedModel, settings: AttackSettings, data: str
+) -> str | None:
+    """How a finished result differs from one of this model, settings and images; None: it does not.
+
+    data: the `fingerprint` of the images.
+    """
     attack = summary.get("attack", {})
     expected = {
         "model sha256": (summary.get("model_sha256"), opened.sha256),
@@ -613,7 +672,5 @@ def _refuse_other(
         same = math.isclose(has, needs) if floats else has == needs
         if not same:
             has, needs = (v[:12] + "..." if isinstance(v, str) else v for v in (has, needs))
-            raise InputError(
-                f"{str(path)!r} is the result of another evaluation ({name} {has}, here {needs}); "
-                "give --force to overwrite it, or another --out"
-            )
+            return f"{name} {has}, here {needs}"
+    return None

@@ -195,6 +195,7 @@ class ResultRecord(Struct):
     seconds: Seconds | UnsetType = UNSET
     attacked_predictions_not_reproduced: Count | UnsetType = UNSET
     gradient_calls: Count | UnsetType = UNSET
+    standing_under_true_labels: Count | UnsetType = UNSET  # taken from that result, not attacked
     versions: dict[str, str] | UnsetType = UNSET
     hardware: str | UnsetType = UNSET
     date: str | UnsetType = UNSET
