@@ -525,6 +525,8 @@ class RobustnessProbe(keras.callbacks.Callback):
     half of that under the attack of the training (of a FastBetterFreeTrainedModel). Both are
     measured on the same images in inference mode: the training's own accuracy runs ahead of PGD's
     in the first epochs of a sound training as well, while the moving averages of batch norm lag.
+    Nor is anything learned yet, the attack neither, by a network that answers that attack at less
+    than a tenth of the way from chance to 1: its margins are so small that PGD takes all.
     The probe says so in one line, stops the training, restores the weights of the epoch before.
 
     Args:
@@ -605,8 +607,7 @@ class RobustnessProbe(keras.callbacks.Callback):
     def _labels(self, loss_fn):
         """y as the loss takes it: Keras' sparse losses class numbers, its others one-hot rows."""
         kind = loss_fn if hasattr(loss_fn, "__name__") else type(loss_fn)
-        outputs = self.model.compute_output_shape((1, *self.x.shape[1:]))[-1]
-        labels = self.y
+        outputs, labels = self._outputs(), self.y
         if kind.__module__.startswith("keras."):
             if "sparse" in kind.__name__.lower():
                 labels = labels.argmax(axis=-1) if labels.ndim == 2 else labels
@@ -620,6 +621,9 @@ class RobustnessProbe(keras.callbacks.Callback):
                 f"(shape {labels.shape}, for {outputs} outputs). Give them as `fit` gets them."
             ) from error
         return labels
+
+    def _outputs(self):
+        return self.model.compute_output_shape((1, *self.x.shape[1:]))[-1]
 
     def _unit_images(self, pixel_range):
         low, high = pixel_range
@@ -678,7 +682,8 @@ class RobustnessProbe(keras.callbacks.Callback):
                 f"PGD accuracy {best['probe_pgd']:.1%} -> {pgd:.1%} while FGSM accuracy "
                 f"{best['probe_fgsm']:.1%} -> {row['probe_fgsm']:.1%}"
             )
-        if training_attack is None:
+        chance = 1 / self._outputs()
+        if training_attack is None or training_attack < chance + (1 - chance) / 10:
             return None
         half = training_attack / 2
         if pgd < half - 2 * np.sqrt(half * (1 - half) / len(self.x)):
