@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import pandas as pd
 import pytest
 from fabricated import result, training_record, write_training
 
-from kaf_study import report
+from kaf_study import report, report_tests
 from kaf_study.attacks.registry import AttackSettings
+from kaf_study.cards import told_apart
 from kaf_study.latex import latex, span, tabular
 
 ROOT = Path(__file__).parents[1]
@@ -253,6 +255,28 @@ def test_sentences_follow_the_verdicts(clone):
     numbers, tables = numbers_of(folder)
     assert numbers["StudySeeds"] == "3 to 4 seeds"
     assert "none is shown to be less robust than Swish" in numbers["StudySwishAnswer"]
+
+
+def test_networks_of_an_activation_are_told_of_together():
+    """Three of KAF, two of ELU and of Swish, one of KAF_ELU, against that of ReLU."""
+    kinds = {"elu": 2, "swish": 2, "kaf": 3, "kaf_elu": 1}
+    networks = {f"{name}_{number}": name for name, n in kinds.items() for number in range(n)}
+    table = pd.DataFrame({"model": ["relu", *networks], "activation": ["relu", *networks.values()]})
+    pairs = pd.DataFrame(
+        {
+            "model": list(networks),
+            "p_holm": [0.01, 0.2, 0.01, 0.01, 0.01, 0.01, 0.3, 0.01],
+            "robust_difference": [-0.1, -0.1, 0.1, 0.1, -0.1, -0.1, -0.1, 0.1],
+        }
+    )
+    named = partial(report_tests._named, of=table.set_index("model")["activation"])
+    told = told_apart(pairs, "p_holm", "robust_difference", report_tests.WORDS, named)
+    assert told == (
+        "more robust: both of Swish, KAF_ELU; less robust: 1 of 2 of ELU, 2 of 3 of KAF; "
+        "not told apart: 1 of 2 of ELU, 1 of 3 of KAF"
+    )
+    everything = report_tests._named(networks, table.set_index("model")["activation"])
+    assert everything == "both of ELU, both of Swish, all 3 of KAF, KAF_ELU"
 
 
 def test_seeds_of_some_activations_are_told_beside_the_pairs_of_all(clone):

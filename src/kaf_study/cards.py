@@ -5,7 +5,7 @@ markers of a text. A table, as text, is {header: cells}.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,16 +152,22 @@ def conclusion(pairs: pd.DataFrame) -> str:
     )
 
 
-def told_apart(pairs: pd.DataFrame, p: str, difference: str, words: tuple[str, str]) -> str:
+def told_apart(
+    pairs: pd.DataFrame,
+    p: str,
+    difference: str,
+    words: tuple[str, str],
+    named: Callable[[Iterable[str]], str] = ", ".join,
+) -> str:
     """Which models lie above and below a reference, in `words`, and which are not told apart."""
     apart = pairs[p] < LEVEL
     parts = []
     for is_above, word in zip((True, False), words, strict=True):
         names = pairs["model"][apart & ((pairs[difference] > 0) == is_above)]
         if len(names):
-            parts.append(f"{word}: {', '.join(names)}")
+            parts.append(f"{word}: {named(names)}")
     if not apart.all():
-        parts.append(f"not told apart: {', '.join(pairs['model'][~apart])}")
+        parts.append(f"not told apart: {named(pairs['model'][~apart])}")
     return "; ".join(parts)
 
 

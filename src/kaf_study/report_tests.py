@@ -3,7 +3,8 @@
 The statistics are those of `paired` and `seeds`, by way of `tables` and `claims`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -26,6 +27,7 @@ def paired(report: Report, table: pd.DataFrame, kind: str, name: str) -> None:
     """The paired tests against ReLU and Swish of a table whose models bear the report's names."""
     known = table.drop_duplicates("activation").set_index("activation")["model"]
     activations = table.set_index("model")["activation"]
+    named = partial(_named, of=activations)
     above: dict[str, list[str]] = {}
     reaches: list[float] = []
     for reference, sign in (("relu", 1), ("swish", -1)):
@@ -36,8 +38,10 @@ def paired(report: Report, table: pd.DataFrame, kind: str, name: str) -> None:
         key = name + ACTIVATION_LABELS[reference]
         report.tables[f"paired_{key}"] = tabular(shown_pairs(pairs))
         report.numbers |= {
-            f"{key}Robust": told_apart(pairs, "p_holm", "robust_difference", WORDS),
-            f"{key}Clean": told_apart(pairs, "clean_p_holm", "clean_difference", CLEAN_WORDS),
+            f"{key}Robust": told_apart(pairs, "p_holm", "robust_difference", WORDS, named),
+            f"{key}Clean": told_apart(
+                pairs, "clean_p_holm", "clean_difference", CLEAN_WORDS, named
+            ),
         }
         reaches += list((pairs["high"] - pairs["low"]) / 2)
         found = pairs[(pairs["p_holm"] < LEVEL) & (sign * pairs["robust_difference"] > 0)]
@@ -47,6 +51,22 @@ def paired(report: Report, table: pd.DataFrame, kind: str, name: str) -> None:
             report.numbers[f"{name}SwishOverReLU"] = f"{points(row.robust_difference)} ({interval})"
     report.numbers[f"{name}HalfWidth"] = span(reaches)
     answers(report, name, above, sorted(set(activations), key=list(STUDIED).index))
+
+
+def _named(models: Iterable[str], of: pd.Series) -> str:
+    """ "Swish, both of KAF, one of two of ELU": models by their activation, which is `of` them."""
+    counts = of[list(models)].value_counts(sort=False)
+    return ", ".join(
+        (f"{_count(n, total)} of " if (total := int((of == name).sum())) > 1 else "")
+        + ACTIVATION_LABELS[name]
+        for name, n in counts.items()
+    )
+
+
+def _count(n: int, total: int) -> str:
+    if n < total:
+        return f"{n} of {total}"
+    return "both" if n == 2 else f"all {n}"
 
 
 def answers(
