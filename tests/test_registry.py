@@ -163,7 +163,7 @@ def test_the_protocol_says_what_decides_a_verdict():
         "PGD-20-3, eps 4/255, step 1/255, predicted labels, first 64 digits test images, seed 5"
     )
     assert AttackSettings("square").protocol(9) == (
-        "SQUARE-1000-1, eps 8/255, true labels, first 9 test images, seed 0"
+        "Square-1000-1, eps 8/255, true labels, first 9 test images, seed 0"
     )
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
+from kaf_study.attacks import registry
 from kaf_study.claims import MEASURES, Study
 from kaf_study.files import write_atomically
 from kaf_study.model_folder import DATASET_LABELS, TrainedModel, common_training, trained_models
@@ -24,13 +25,13 @@ from kaf_study.tables import KINDS, model_table, pgd_name
 
 Columns = Mapping[Any, Sequence[object]]
 
-# Kinds of results of several attacks: their name in a text, and what they are.
-COMBINED = {"suite": "suite", "rapid": "rapid", "autoattack": "AutoAttack"}
+# Kinds of results of several attacks: what they are, and their name in a text.
 WHAT_COMBINED = {
     "suite": "Suite: apgd-ce, apgd-t, square, pgd, each on what the ones before left.",
     "rapid": "Rapid: PGD-10, then the margin towards the three likeliest classes; not AutoAttack.",
     "autoattack": "AutoAttack: the standard version, as written here.",
 }
+COMBINED = {kind: registry.ATTACKS[kind].label for kind in WHAT_COMBINED}
 
 ATTACKS = ("pgd", *COMBINED)  # as commands name them
 

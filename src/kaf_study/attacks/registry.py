@@ -33,6 +33,7 @@ MOST_SEED = 2**63 - 1
 class Attack:
     """One attack. alpha, steps and restarts are what it does unless told otherwise.
 
+    label: its name in tables and figures.
     alpha: step size in the units of x; None: it has none, or chooses its own.
     made_by: "module.Class" in kaf_study.attacks, called with the classifier, epsilon, steps, alpha
         if it has one, and `arguments`.
@@ -43,6 +44,7 @@ class Attack:
     members: of a suite, which has no class of its own: (name, settings that differ from its own).
     """
 
+    label: str
     implementation: str
     made_by: str = ""
     alpha: float | None = None
@@ -60,6 +62,7 @@ class Attack:
 
 ATTACKS = {
     "pgd": Attack(
+        "PGD",
         "kaf_study.attacks.pgd: the steps of IBM ART ProjectedGradientDescentTensorFlowV2",
         "pgd.PGD",
         alpha=2 / 255,
@@ -68,6 +71,7 @@ ATTACKS = {
         labels=LABELS,
     ),
     "fgsm": Attack(
+        "FGSM",
         "kaf_study.attacks.pgd: one step of IBM ART's PGD from the clean image",
         "pgd.FGSM",
         steps=1,
@@ -76,12 +80,22 @@ ATTACKS = {
         labels=LABELS,
     ),
     "apgd-ce": Attack(
-        "kaf_study.attacks.apgd", "apgd.APGD", steps=100, arguments={"name": "apgd-ce"}
+        "APGD-CE",
+        "kaf_study.attacks.apgd",
+        "apgd.APGD",
+        steps=100,
+        arguments={"name": "apgd-ce"},
     ),
     "apgd-dlr": Attack(
-        "kaf_study.attacks.apgd", "apgd.APGD", steps=100, classes=3, arguments={"name": "apgd-dlr"}
+        "APGD-DLR",
+        "kaf_study.attacks.apgd",
+        "apgd.APGD",
+        steps=100,
+        classes=3,
+        arguments={"name": "apgd-dlr"},
     ),
     "apgd-t": Attack(
+        "APGD-T",
         "kaf_study.attacks.apgd, targeted DLR",
         "apgd.APGD",
         steps=100,
@@ -91,6 +105,7 @@ ATTACKS = {
         arguments={"name": "apgd-t"},
     ),
     "margin-t": Attack(
+        "margin-T",
         "kaf_study.attacks.rapid: a short look at each target, a long one where it came near",
         "rapid.TwoLooks",
         steps=100,  # of the long look
@@ -99,6 +114,7 @@ ATTACKS = {
         searches_on=True,
     ),
     "fab-t": Attack(
+        "FAB-T",
         "kaf_study.attacks.fab",
         "fab.FAB",
         steps=100,
@@ -107,8 +123,9 @@ ATTACKS = {
         is_targeted=True,
         searches_on=True,
     ),
-    "square": Attack("kaf_study.attacks.square", "square.Square", steps=1000),  # queries
+    "square": Attack("Square", "kaf_study.attacks.square", "square.Square", steps=1000),  # queries
     "square-5000": Attack(
+        "Square",
         "kaf_study.attacks.square, the first half of the schedule for 10,000 queries",
         "square.Square",
         steps=5000,
@@ -116,12 +133,14 @@ ATTACKS = {
         arguments={"scheduled": 10_000},
     ),
     "deepfool": Attack(
+        "DeepFool",
         "kaf_study.attacks.deepfool (L2), its points cut to the L-inf ball",
         "deepfool.DeepFool",
         steps=50,
         is_random=False,
     ),
     "deepfool-linf": Attack(
+        "L-inf DeepFool",
         "kaf_study.attacks.deepfool (L-inf), its points cut to the L-inf ball",
         "deepfool.DeepFool",
         steps=50,
@@ -129,6 +148,7 @@ ATTACKS = {
         arguments={"norm": math.inf},
     ),
     "cw": Attack(
+        "Carlini-Wagner",
         "kaf_study.attacks.carlini_wagner (L-inf) at tau = epsilon",
         "carlini_wagner.CarliniWagner",
         steps=40,
@@ -139,16 +159,19 @@ ATTACKS = {
     # every image has squares of its own, which may touch the last row and column, and FAB ends
     # with its final search. The schedule of Square is the code's.
     "autoattack": Attack(
+        "AutoAttack",
         "standard AutoAttack (Croce & Hein 2020), each member on what the ones before left",
         restarts=None,
         members=(("apgd-ce", {}), ("apgd-t", {}), ("fab-t", {}), ("square-5000", {})),
     ),
     "rapid": Attack(
+        "rapid",
         "not AutoAttack: PGD, then each of three targets, on what the ones before left standing",
         restarts=None,
         members=(("pgd", {"steps": 10, "restarts": 1}), ("margin-t", {})),
     ),
     "suite": Attack(
+        "suite",
         "each member on what the ones before left standing",
         restarts=None,
         members=(("apgd-ce", {}), ("apgd-t", {}), ("square", {}), ("pgd", {})),
@@ -285,10 +308,10 @@ class AttackSettings:
 
     def protocol(self, n: int, dataset: str | None = None) -> str:
         """The protocol in words, for tables."""
+        attack = "-".join([ATTACKS[self.attack].label, *self._counts()])
         step = "" if self.alpha is None else f"step {self.alpha * 255:g}/255, "
         return (
-            f"{'-'.join([self.attack.upper(), *self._counts()])}, eps {self.epsilon * 255:g}/255, "
-            f"{step}{self.labels} labels, first {n} "
+            f"{attack}, eps {self.epsilon * 255:g}/255, {step}{self.labels} labels, first {n} "
             f"{dataset + ' ' if dataset else ''}test images, seed {self.seed}"
         )
 
