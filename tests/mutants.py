@@ -35,6 +35,7 @@ TESTS = {  # module -> its own tests
     "src/kaf_study/attacks/apgd.py": ["test_apgd.py"],
     "src/kaf_study/attacks/square.py": ["test_square.py"],
     "src/kaf_study/evaluation.py": ["test_evaluation.py"],
+    "src/kaf_study/result_files.py": ["test_evaluation.py"],
     "src/kaf_study/records.py": ["test_records.py"],
     "src/kaf_study/paired.py": ["test_paired.py"],
     "src/kaf_study/seeds.py": ["test_seeds.py"],

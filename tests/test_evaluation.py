@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 
-from kaf_study import InputError, evaluation
+from kaf_study import InputError, evaluation, result_files
 from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.registry import ATTACKS, AttackSettings
-from kaf_study.evaluation import Execution, ImageSet, Subject, evaluate, evaluate_saved
+from kaf_study.evaluation import Execution, Subject, evaluate
+from kaf_study.result_files import ImageSet, evaluate_saved
 from kaf_study.saved_models import open_model
 
 EPSILON, ALPHA = 8 / 255, 2 / 255
@@ -322,7 +323,7 @@ def test_kept_images_are_no_programs(data, tmp_path):
     ran = tmp_path / "ran"
     np.savez(tmp_path / "images.npz", offset=pickled(ran))
     with pytest.raises(InputError, match="does not hold attacked images"):
-        evaluation.read_adversarial(tmp_path / "images.npz", data[0])
+        result_files.read_adversarial(tmp_path / "images.npz", data[0])
     assert not ran.exists()
     np.load(tmp_path / "images.npz", allow_pickle=True)["offset"]
     assert ran.exists()
@@ -420,7 +421,7 @@ def test_attacked_images_are_kept_when_asked_for(saved, data):
     again = Watch()
     result = run_saved(saved, data, again, keep_images=True)
     assert again.steps and "attacked again" in again.said[0]
-    path = evaluation.save_adversarial(result, data[0], saved / "robustness")
+    path = result_files.save_adversarial(result, data[0], saved / "robustness")
     read = Watch()
     kept = run_saved(saved, data, read, keep_images=True)
     assert not read.steps

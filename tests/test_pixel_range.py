@@ -10,7 +10,8 @@ import pytest
 
 from kaf_study import InputError, command, sanity_checks
 from kaf_study.datasets import load
-from kaf_study.evaluation import read_adversarial, read_results
+from kaf_study.evaluation import read_results
+from kaf_study.result_files import read_adversarial
 from kaf_study.saved_models import PixelRange, logits_of, open_model
 from kaf_study.saved_models.pixel_range import Rescaled, refuse_other_range
 

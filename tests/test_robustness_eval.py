@@ -65,7 +65,8 @@ def folder(tmp_path, saved):
 
 def test_table_and_files(folder, capsys):
     assert command.main([str(folder), *QUICK, "--labels", "true", "predicted"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    told, *lines = capsys.readouterr().out.splitlines()
+    assert told.startswith("net: the 24 images that stand in ") and "not attacked again" in told
     assert lines[0].split() == ["model", "labels", "clean", "under", "attack", "protocol"]
     assert "PGD-3-2, eps 8/255, step 2/255, true labels, first 24 digits" in lines[1]
     rows = read_results(folder)

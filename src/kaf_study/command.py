@@ -2,7 +2,7 @@
 
     python robustness_eval.py models/NAME                 # PGD; a model folder
     python robustness_eval.py foreign.h5 --input 0..255   # a Keras classifier
-    python robustness_eval.py models/NAME --attack suite  # the worst of several
+    python robustness_eval.py models/NAME --attack rapid  # the worst of several
     python robustness_eval.py models/NAME --check         # can it be trusted?
     python robustness_eval.py compare models/             # tables and a figure
 
@@ -42,7 +42,7 @@ from kaf_study.records import write_json
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from kaf_study.evaluation import ImageSet
+    from kaf_study.result_files import ImageSet
     from kaf_study.sanity_checks import CheckReport
     from kaf_study.saved_models import LoadedModel, Opening
 
@@ -219,7 +219,8 @@ def run(arguments: Namespace) -> str:
     protocols = [settings_of(arguments, labels) for labels in dict.fromkeys(arguments.labels)]
     check_counts(arguments, DEFAULT_N)
 
-    from kaf_study import evaluation
+    from kaf_study import result_files
+    from kaf_study.evaluation import Execution
 
     keep_images = bool(arguments.save_examples or arguments.save_adversarial)
     summaries = []
@@ -227,23 +228,21 @@ def run(arguments: Namespace) -> str:
         models, data = opened(arguments, stack)
         for model in models:
             images = data[_dataset(model, arguments)]
-            folder = evaluation.result_folder(model, arguments.out)
+            folder = result_files.result_folder(model, arguments.out)
             for settings in protocols:
                 with progress_bar(f"{model.name}, {settings.labels} labels") as progress:
-                    result = evaluation.evaluate_saved(
+                    result = result_files.evaluate_saved(
                         model,
                         images,
                         settings,
                         out=arguments.out,
                         force=arguments.force,
                         keep_images=keep_images,
-                        execution=evaluation.Execution(
-                            arguments.batch_size, progress=progress, say=print
-                        ),
+                        execution=Execution(arguments.batch_size, progress=progress, say=print),
                     )
                 summaries.append(result.summary)
                 if arguments.save_adversarial:
-                    print(evaluation.save_adversarial(result, images.x, folder))
+                    print(result_files.save_adversarial(result, images.x, folder))
                 if arguments.save_examples:
                     print(save_examples(model, images, result, folder, arguments.save_examples))
     return records.results_table(summaries)
@@ -262,12 +261,12 @@ def opened(
     arguments: Namespace, stack: ExitStack
 ) -> "tuple[list[LoadedModel], dict[str, ImageSet]]":
     """The models, and {data set: ImageSet}; all is opened before anything is attacked."""
-    from kaf_study import datasets, evaluation
+    from kaf_study import datasets, result_files
     from kaf_study.saved_models import open_model
 
     how = opening_of(arguments)
     models = [stack.enter_context(open_model(path, how)) for path in arguments.models]
-    refuse_clashes(models, arguments.out, evaluation.result_folder)
+    refuse_clashes(models, arguments.out, result_files.result_folder)
     names = {_dataset(model, arguments) for model in models}
     if arguments.data_dir is not None and "cifar10" not in names:
         raise InputError(f"--data-dir is for cifar10, not for {', '.join(names)}; leave it out")
@@ -300,7 +299,7 @@ def check(arguments: Namespace) -> bool:
     check_counts(arguments, CHECK_N)
     refuse_ignored(arguments)
 
-    from kaf_study import evaluation, sanity_checks
+    from kaf_study import result_files, sanity_checks
 
     arguments.restarts = sanity_checks.RESTARTS
     settings = settings_of(arguments, "true")
@@ -310,7 +309,7 @@ def check(arguments: Namespace) -> bool:
         others = opened_beside(arguments, stack, data.values())
         for model in models:
             images = data[_dataset(model, arguments)]
-            folder = evaluation.result_folder(model, arguments.out)
+            folder = result_files.result_folder(model, arguments.out)
             make_writable(folder)
             report = sanity_checks.check_model(
                 model.model,
@@ -418,7 +417,7 @@ def _dataset(model, arguments):
 
 def first_images(name: str, x: "NDArray", y: "NDArray", arguments: Namespace) -> "ImageSet":
     """The first n of the test images of a data set."""
-    from kaf_study.evaluation import ImageSet
+    from kaf_study.result_files import ImageSet
 
     n = len(x) if arguments.all else min(arguments.n, len(x))
     if not arguments.all and arguments.n > n:

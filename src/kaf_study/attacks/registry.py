@@ -287,7 +287,7 @@ class AttackSettings:
         return make(classifier, epsilon=self.epsilon, steps=self.steps, **step, **own.arguments)
 
     def stem(self, n: int, dataset: str | None = None) -> str:
-        """Name of the result files for n images; see the first lines of kaf_study.evaluation."""
+        """Name of the result files for n images; see the first lines of result_files.py."""
         parts = [self.attack, *self._counts(), self.labels]
         if dataset not in (None, DEFAULT_DATASET):
             parts.append(dataset)
