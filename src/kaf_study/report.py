@@ -237,8 +237,26 @@ def original(report: Report, table: pd.DataFrame) -> None:
         "OriginalPublishedSpan": span(table["published_robustness"]),
         "OriginalFall": span(fall),
         "OriginalCleanFall": span(table["published_accuracy"] - table["clean_accuracy"]),
+        "OriginalWithoutLabels": _without_labels(table),
     }
     paired(report, table, "rapid", "Original")
+
+
+def _without_labels(table: pd.DataFrame) -> str:
+    """What comes of the published protocol on networks of a `tables.original_table`."""
+    found = table[table["pgd_predicted"].notna() & table["pgd_true"].notna()]
+    if found.empty:
+        return (
+            "The attack without labels was not repeated on these networks, so the fall is not "
+            "taken apart."
+        )
+    name = pgd_name(table.attrs["chosen"]["pgd_predicted"])
+    return (
+        f"Attacked as published, by {name} without labels on {table.attrs['n']['pgd_predicted']:,} "
+        f"images, {networks(len(found))} at {span(found['pgd_predicted'])} %, where "
+        f"{span(found['published_robustness'])} % were published; "
+        f"{span(found['pgd_predicted'] - found['pgd_true'])} points of it the labels add."
+    )
 
 
 # --------------------------------------------------------------------------- command
