@@ -326,18 +326,20 @@ def test_what_the_attacks_were_held_against_is_told_as_it_is_kept():
     assert len(suites) == 8
     assert f"it leaves {only_suite - only_rapid} of {n:,} more than `suite`" in told
     assert f"({only_suite} fell under the suite alone, {only_rapid} under `rapid` alone" in told
-    compared = sorted(ROOT.glob("models/cifar10_resnet20_*/robustness/autoattack-true.json"))
-    figures = []
-    for path in compared:
+    figures, others = [], []
+    for path in sorted(ROOT.glob("models/cifar10_resnet20_*/robustness/autoattack-true*.json")):
         autoattack = is_robust(network := path.parts[-3], path.stem)
         rapid = is_robust(network, "rapid-true-n10000")[: len(autoattack)]
-        figures.append(f"{autoattack.sum()} and {rapid.sum()} (`{network}`)")
+        if path.stem == "autoattack-true":
+            figures.append(f"{autoattack.sum()} and {rapid.sum()} (`{network}`)")
+        else:
+            others.append(f"`{network}`")
         suite = is_robust(network, "suite-true-n500")
         np.testing.assert_array_equal(autoattack[: len(suite)], suite)
-    first = (
-        f"Of the first {len(autoattack):,} images there stand under `autoattack` and under `rapid`"
-    )
+    first = "Of the first 1,000 images there stand under `autoattack` and under `rapid`"
     assert f"{first}: {', '.join(figures)}; on the suite's {len(suite)} of these" in told
+    also = f"`autoattack` gives its verdict on every one, as it does on those of {listed(others)}."
+    assert also in told
     network = "cifar10_light_cnn_kwta_seed0"
     assert not is_robust(network, "autoattack-true").any()
     assert not is_robust(network, "rapid-true-n10000").any()
