@@ -13,6 +13,7 @@ import pytest
 
 from kaf_study import compare, mechanism
 from kaf_study.activations import RANDOM_KAF, STUDIED, is_kaf
+from kaf_study.attacks.registry import LABELS
 from kaf_study.claims import claims_table, means, studies
 from kaf_study.latex import listed
 from kaf_study.lr_policy import LRFinderResult
@@ -181,6 +182,26 @@ def test_every_original_network_is_told_of_with_its_interval():
         "{} points more accurate than ReLU, KAF_ReLU {}, KAF_ELU {}, KAF_Free {}.".format(*gained)
         in told
     )
+
+
+def test_what_labels_did_to_the_original_networks_is_told():
+    told = []
+    for activation in ("swish", "relu"):
+        folder = ROOT / f"results/original/resnet20_{activation}_ocrob_lrf"
+        true, predicted = (
+            Evaluation.read(folder / f"pgd-50-10-{labels}.json") for labels in LABELS
+        )
+        with_labels = true.is_robust.mean()
+        without = (predicted.images["label"] == predicted.images["adversarial_prediction"]).mean()
+        told.append([100 * without, 100 * with_labels, 100 * (without - with_labels)])
+    swish, relu = told
+    expected = (
+        f"without labels, Swish's stands at {swish[0]:.1f} % of 1,000 images (published: 53.88) "
+        f"and ReLU's at {relu[0]:.1f} % (50.17); the same attack with labels leaves "
+        f"{swish[1]:.1f} and {relu[1]:.1f} %. So {swish[2]:.1f} and {relu[2]:.1f} points of such "
+        "figures are the labels."
+    )
+    assert expected in RESULTS_TEXT
 
 
 @pytest.fixture(scope="module")
