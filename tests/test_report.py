@@ -259,12 +259,16 @@ def test_sentences_follow_the_verdicts(clone):
 
 def test_attacks_without_labels_on_original_networks_are_told_of(clone):
     folder, _ = clone
-    assert "was not repeated" in numbers_of(folder)[0]["OriginalWithoutLabels"]
+    before, _ = numbers_of(folder)
+    assert "was not repeated" in before["OriginalWithoutLabels"]
+    assert before["OriginalSizes"] == f"{N} images"
     name = "resnet20_swish_original"
     for labels in ("true", "predicted"):  # the 20 % that are wrong when clean become right
         one = outcome(0.40, AttackSettings(labels=labels), name)
         one.write(folder / "results/original" / name)
-    assert numbers_of(folder)[0]["OriginalWithoutLabels"] == (
+    numbers, _ = numbers_of(folder)
+    assert numbers["OriginalSizes"] == f"{N} images (PGD: {N})"
+    assert numbers["OriginalWithoutLabels"] == (
         f"Attacked as published, by PGD-50-10 without labels on {N} images, one network stands at "
         "60.0 %, where 53.9 % were published; 20.0 points of it the labels add."
     )

@@ -232,6 +232,8 @@ def original(report: Report, table: pd.DataFrame) -> None:
         if left_out
         else "None had to be left out.",
         "OriginalImages": f"{n:,}",
+        "OriginalSizes": f"{n:,} images"
+        + (f" (PGD: {table.attrs['n']['pgd_true']:,})" if "pgd_true" in table.attrs["n"] else ""),
         "OriginalSpan": span(table["rapid"]),
         "OriginalCleanSpan": span(table["clean_accuracy"]),
         "OriginalPublishedSpan": span(table["published_robustness"]),
