@@ -281,6 +281,15 @@ def test_the_answer_over_seeds_is_that_of_the_result_files(of_rapid):
         f"more than ReLU ({interval(of_relu)})"
     )
     assert told in RESULTS_TEXT
+    smooth = "Smooth activations are more robust than ReLU"
+    elu, of_resnet20 = (one.loc[smooth, "elu", "relu"] for one in (of_vgg, table))
+    assert (elu["verdict"], of_resnet20["verdict"]) == ("more robust", "undecided")
+    told = (
+        f"ELU is more robust than ReLU here, by {100 * elu['difference']:.1f} points "
+        f"({interval(elu)}; in the ResNet20s {-100 * of_resnet20['difference']:.1f} below it, "
+        "undecided)."
+    )
+    assert told in RESULTS_TEXT
     told = (
         f"KAF_Swish stands {100 * trained['difference']:.1f} points above Swish "
         f"(95 %: {interval(trained)}; {trained['verdict']})"
