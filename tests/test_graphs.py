@@ -6,11 +6,13 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 import tensorflow as tf
 from tensorflow.python.saved_model import revived_types
 
 from kaf_study import InputError
+from kaf_study.datasets import load
 from kaf_study.saved_models import logits_of, open_model, unpack
 from kaf_study.saved_models.graphs import DERIVED, KEPT_GRADIENTS, NOT_FROZEN, RAISED, Graph
 from kaf_study.saved_models.original import TWIN
@@ -293,6 +295,25 @@ def test_original_networks_open_and_agree_with_their_own_serving_default(tmp_pat
             assert np.abs(ours - graphs).max() < 0.01 * np.abs(graphs).max(), archive.stem
         if has_swish:
             assert_gradient_is_slope(logits, images, step=0.02, rtol=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ORIGINAL.is_dir(), reason="the original networks are not beside this")
+@pytest.mark.parametrize("name", ["resnet20_kafrelu_ocrob_lrfinder", "resnet20_relu_ocrob_lrf"])
+def test_what_float16_does_to_an_original_network_is_as_recorded(name, tmp_path):
+    if not os.environ.get("CIFAR10_DIR"):
+        pytest.skip("CIFAR10_DIR is not set")
+    *_, (images, _) = load("cifar10")
+    archive = ORIGINAL / f"{name}.zip"
+    unpack(archive, tmp_path)
+    half = served(next(tmp_path.iterdir()))
+    parts = np.split(images[:1000], 10)
+    with open_model(archive) as loaded:
+        other = [half(x).argmax(1) != np.argmax(loaded.model(x), axis=1) for x in parts]
+    recorded = pd.read_csv(Path(__file__).parents[1] / "results/original/float16.csv")
+    (count,) = recorded.loc[recorded["file"] == name, "other_class"]
+    # Rounding differs between processors.
+    assert np.sum(other) == pytest.approx(count, abs=5)
 
 
 # --- and networks like them

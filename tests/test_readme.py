@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from kaf_study import compare, mechanism
-from kaf_study.activations import RANDOM_KAF, STUDIED, is_kaf
+from kaf_study.activations import RANDOM_KAF, RIDGE_KAF, STUDIED, is_kaf, kind_of
 from kaf_study.attacks.registry import LABELS
 from kaf_study.claims import claims_table, means, studies
 from kaf_study.latex import listed
@@ -182,6 +182,22 @@ def test_every_original_network_is_told_of_with_its_interval():
         "{} points more accurate than ReLU, KAF_ReLU {}, KAF_ELU {}, KAF_Free {}.".format(*gained)
         in told
     )
+
+
+def test_what_float16_did_to_the_original_networks_is_told():
+    """The counts themselves are repeated, of two networks, in test_graphs.py."""
+    counts = pd.read_csv(ROOT / "results/original/float16.csv").set_index("file")
+    table = original_table(read_results(ROOT / "results/original")).set_index("model")
+    assert sorted(counts.index) == sorted(table.index)
+    assert set(counts["images"]) == {1000}
+    share = 100 * counts["other_class"] / counts["images"]
+    is_ridge = table["activation"].map(kind_of).loc[share.index] == RIDGE_KAF
+    ridge, others = share[is_ridge], share[~is_ridge]
+    assert (
+        "those whose KAFs began by ridge regression give "
+        f"{ridge.min():.1f} to {ridge.max():.1f} % of the first 1,000 images another class than in "
+        f"float32, the others at most {others.max():.1f} %"
+    ) in RESULTS_TEXT
 
 
 def test_what_labels_did_to_the_original_networks_is_told():
