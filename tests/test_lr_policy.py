@@ -216,6 +216,17 @@ def test_several_inputs_are_counted_by_their_rows():
         LRFinder(several_inputs()).find(x, np.zeros(10))
 
 
+def test_callbacks_watch_every_batch_of_the_one_epoch():
+    seen = []
+    watching = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: seen.append(f"epoch {epoch}"),
+        on_train_batch_end=lambda batch, logs: seen.append(batch),
+    )
+    data = np.zeros((8, 1), np.float32), np.zeros(8)
+    LRFinder(quadratic()).find(*data, steps=5, batch_size=4, max_lr=1e-3, callbacks=[watching])
+    assert seen == ["epoch 0", 0, 1, 2, 3, 4]
+
+
 def test_divergence_ends_the_test_early():
     x, y = np.zeros((8, 1), np.float32), np.zeros(8)
     result = LRFinder(quadratic()).find(x, y, steps=200, max_lr=1e4)

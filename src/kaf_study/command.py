@@ -446,7 +446,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, int], None]]:
     def progress(done, total, standing):
         nonlocal bar
         if bar is None:
-            from tqdm import tqdm
+            from tqdm.auto import tqdm  # a bar of its own in notebooks
 
             bar = tqdm(total=total, desc=title, unit=" it", leave=False, smoothing=0.05)
         bar.set_postfix_str(f"{standing} standing", refresh=False)

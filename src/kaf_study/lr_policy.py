@@ -7,6 +7,7 @@ passes through.
 
 import itertools
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +205,7 @@ class LRFinder:
         batch_size: int = 128,
         growth: str = "exponential",
         seed: int = 0,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
     ) -> LRFinderResult:
         """Run the test.
 
@@ -217,6 +219,8 @@ class LRFinder:
                 shuffled afresh in each pass.
             growth: "exponential" or "linear", the latter as in the paper.
             seed: of the shuffling.
+            callbacks: Keras', which watch the one epoch of `fit` that the test is, as a progress
+                bar does (`tqdm.keras.TqdmCallback`).
 
         Returns:
             LRFinderResult with lrs, losses, diverged, suggestion and plot().
@@ -245,9 +249,8 @@ class LRFinder:
             if not optimizer.built:
                 optimizer.build(model.trainable_variables)
             with _Restored(model):
-                model.fit(
-                    data, steps_per_epoch=steps, callbacks=[recorder], shuffle=False, verbose=0
-                )
+                watching = [recorder, *callbacks]
+                model.fit(data, steps_per_epoch=steps, callbacks=watching, shuffle=False, verbose=0)
         if not recorder.losses:
             raise InputError("LRFinder received a dataset without batches. Give it at least one.")
         losses = np.array(recorder.losses)
