@@ -85,3 +85,7 @@ def span(values: Iterable[float], sign: str = "") -> str:
 def listed(names: Sequence[str]) -> str:
     """ "A, B and C"."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+
+
+def networks_stand(count: int) -> str:
+    return "one network stands" if count == 1 else f"{count} networks stand"

@@ -147,18 +147,17 @@ def by_activation(networks: pd.DataFrame) -> pd.DataFrame:
 
 
 def association(means: pd.DataFrame) -> tuple[float, float, int] | None:
-    """Spearman's rank correlation of curvature after training with robust accuracy.
-
-    Activations count, not networks: seeds of one are no independent witnesses.
+    """Spearman's rank correlation of the two columns of a table, such as curvature and robustness.
 
     Args:
-        means: of `by_activation`.
+        means: one row per activation, not per network: seeds of one are no independent witnesses.
+            Rows with a missing value are left out.
 
     Returns:
         (rho, two-sided p by permutation, exact up to 8 activations; how many), or None where there
         are fewer than LEAST.
     """
-    pairs = means[["after_training", "robust"]].dropna().to_numpy()
+    pairs = means.dropna().to_numpy()
     if len(pairs) < LEAST:
         return None
 
@@ -207,7 +206,7 @@ def conclusions(networks: pd.DataFrame) -> tuple[str, str]:
             f"{low_after:.2f} to {high_after:.2f} (a factor of {high_after / low_after:.1f}) where "
             f"it was {low:.2f} to {high:.2f} ({high / low:.1f})."
         )
-    if (found := association(means)) is None:
+    if (found := association(means[["after_training", "robust"]])) is None:
         return shapes, f"Fewer than {LEAST} activations cannot tell a relation to robust accuracy."
     rho, p, count = found
     verdict = "goes with" if p < LEVEL else "is not shown to go with"

@@ -19,9 +19,10 @@ from kaf_study import CommandParser, InputError, run_command, tables
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 from kaf_study.cards import COMBINED, shown
 from kaf_study.claims import ALIKE, Study, studies
-from kaf_study.latex import NONE, Report, listed, points, span, tabular
+from kaf_study.latex import NONE, Report, listed, networks_stand, points, span, tabular
 from kaf_study.model_folder import model_labels, trained_models
-from kaf_study.records import percent, read_json, read_results
+from kaf_study.records import read_json, read_results
+from kaf_study.report_original import in_half_precision, original
 from kaf_study.report_tests import elsewhere, paired, verdicts
 from kaf_study.report_trainings import (
     cost,
@@ -102,7 +103,6 @@ def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame)
     report.tables["networks"] = tabular(cells)
     pgd = chosen["pgd_true"]
     report.numbers |= settings(study) | {
-        "StudySeeds": in_words(study.seeds.values()),
         "StudyAttack": COMBINED.get(kind, pgd_name(pgd)),
         "StudyImages": f"{study.n:,}",
         "SeedsOf": f"{in_words(seeds_study.seeds.values())} of "
@@ -124,22 +124,36 @@ def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame)
         "PgdImages": f"{n['pgd_true']:,}",
         "PgdNetworks": str(int(table["pgd_true"].notna().sum())),
         "SuiteImages": f"{n.get('suite', 0):,}",
-        "SuiteBelowPgd": span(tables.below_pgd(chosen, "suite")),
     }
     report.numbers["StrongerAttacks"] = " ".join(
-        f"Under {COMBINED[kind]}, {networks(count)} at {span(table[kind])} % of {n[kind]:,} "
+        f"Under {COMBINED[kind]}, {networks_stand(count)} at {span(table[kind])} % of {n[kind]:,} "
         f"images, {span(below)} points below PGD on the images that both attacked."
         for kind in COMBINED
         if (count := int(table.get(kind, pd.Series()).notna().sum()))
         and (below := tables.below_pgd(chosen, kind))
     )
+    strength_of_rapid(report, results)
     label_protocols(report, tables.label_protocols(chosen), labels)
     inside = [str(model.folder) for model in study.models]
     first = table[table["folder"].isin(inside)].drop_duplicates("activation")
     paired(report, first.assign(model=first["activation"].map(ACTIVATION_LABELS)), kind, "Study")
-    verdicts(report, seeds_study, originals, answers_all=seeds_study is study)
+    verdicts(report, seeds_study, originals)
     elsewhere(report, [other for kind, other in attacked if kind == seeds_kind and other.lender])
     return study
+
+
+def strength_of_rapid(report: Report, results: pd.DataFrame) -> None:
+    """How many images `rapid` leaves where attacks that take far longer were run as well."""
+    beside = tables.rapid_beside_stronger(results)
+    if beside.empty:
+        report.numbers["RapidStrength"] = "It was not held against a stronger attack here"
+        return
+    sums = beside.groupby("attack", sort=False)[["n", "stronger", "rapid"]].sum()
+    report.numbers["RapidStrength"] = "It leaves " + " and ".join(
+        f"{row.rapid:,} of {row.n:,} images where {'' if row.Index == 'autoattack' else 'the '}"
+        f"{COMBINED[row.Index]} leaves {row.stronger:,}"
+        for row in sums.itertuples()
+    )
 
 
 def settings(study: Study) -> dict[str, str]:
@@ -173,10 +187,6 @@ def last_month(results: pd.DataFrame) -> str:
     return f"{max(dates):%B %Y}" if dates else NONE
 
 
-def networks(count: int) -> str:
-    return "one network stands" if count == 1 else f"{count} networks stand"
-
-
 def in_words(counts: Iterable[int]) -> str:
     """ "one seed", "2 to 3 seeds"."""
     ends = sorted(set(counts))
@@ -202,65 +212,6 @@ def label_protocols(report: Report, frame: pd.DataFrame, labels: Mapping[str, st
     report.numbers |= {f"Labels{name.title()}": span(frame[name]) for name in frame}
 
 
-# --------------------------------------------------------------------------- the original networks
-
-
-def original(report: Report, table: pd.DataFrame) -> None:
-    """The networks of the original work, a `tables.original_table`."""
-    failed, table = table[table["failed"]], table[~table["failed"]]
-    n = table.attrs["n"]["rapid"]
-    left_out = [
-        f"another one of {ACTIVATION_LABELS[row.activation]} "
-        f"({percent(row.clean_accuracy, n)} % clean, {percent(row.rapid, n)} % under attack)"
-        for row in failed.itertuples()
-    ]
-    activation = table["activation"].map(ACTIVATION_LABELS)
-    label = activation.where(~activation.duplicated(keep=False), table["model"])
-    fall = table["published_robustness"] - table["rapid"]
-    files = {"file": list(table["model"])}
-    cells = files | shown(table.assign(model=activation))
-    cells |= {"fall": [points(value, "") for value in fall]}
-    table = table.assign(model=label)
-    report.tables["original"] = tabular(cells, "ll" + "r" * (len(cells) - 2))
-    report.numbers |= {
-        "OriginalNetworks": str(len(table)),
-        "OriginalEach": "one of each activation"
-        if table["activation"].is_unique
-        else f"1 to {table['activation'].value_counts().max()} of each activation",
-        "OriginalLeftOut": "Left out, since the training overfitted catastrophically: "
-        f"{listed(left_out)}."
-        if left_out
-        else "None had to be left out.",
-        "OriginalImages": f"{n:,}",
-        "OriginalSizes": f"{n:,} images"
-        + (f" (PGD: {table.attrs['n']['pgd_true']:,})" if "pgd_true" in table.attrs["n"] else ""),
-        "OriginalSpan": span(table["rapid"]),
-        "OriginalCleanSpan": span(table["clean_accuracy"]),
-        "OriginalPublishedSpan": span(table["published_robustness"]),
-        "OriginalFall": span(fall),
-        "OriginalCleanFall": span(table["published_accuracy"] - table["clean_accuracy"]),
-        "OriginalWithoutLabels": _without_labels(table),
-    }
-    paired(report, table, "rapid", "Original")
-
-
-def _without_labels(table: pd.DataFrame) -> str:
-    """What comes of the published protocol on networks of a `tables.original_table`."""
-    found = table[table["pgd_predicted"].notna() & table["pgd_true"].notna()]
-    if found.empty:
-        return (
-            "The attack without labels was not repeated on these networks, so the fall is not "
-            "taken apart."
-        )
-    name = pgd_name(table.attrs["chosen"]["pgd_predicted"])
-    return (
-        f"Attacked as published, by {name} without labels on {table.attrs['n']['pgd_predicted']:,} "
-        f"images, {networks(len(found))} at {span(found['pgd_predicted'])} %, where "
-        f"{span(found['published_robustness'])} % were published; "
-        f"{span(found['pgd_predicted'] - found['pgd_true'])} points of it the labels add."
-    )
-
-
 # --------------------------------------------------------------------------- command
 
 
@@ -271,7 +222,8 @@ def reported(root: Path) -> Report:
     published(report)
     originals = original_table(read_results(root / "results" / "original"))
     study = trained_here(report, results, originals)
-    original(report, originals)
+    original(report, originals, study)
+    in_half_precision(report, originals, root / "results" / "original" / "float16.csv")
     trainings(report, models, results)
     first = study.models[0].settings
     alike = [m for m in models if all(m.settings.get(k) == first.get(k) for k in ALIKE)]
@@ -279,8 +231,9 @@ def reported(root: Path) -> Report:
     mechanism(report, alike)
     curvature_by_epoch(report, alike)
     pilots(report, trained_models(root / "pilots"))
-    cost(report, root / "benchmarks" / "results.json")
-    held(report, root / "benchmarks" / "against_autoattack.json")
+    benchmarks = root / "benchmarks"
+    cost(report, benchmarks / "results.json", benchmarks / "results_avx512.json")
+    held(report, benchmarks / "against_autoattack.json")
     return report
 
 

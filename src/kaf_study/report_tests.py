@@ -3,23 +3,23 @@
 The statistics are those of `paired` and `seeds`, by way of `tables` and `claims`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 
 from kaf_study import InputError
-from kaf_study.activations import ACTIVATION_LABELS, STUDIED, is_trained_kaf
+from kaf_study.activations import ACTIVATION_LABELS, is_trained_kaf
 from kaf_study.cards import shown_claims, shown_means, shown_pairs, told_apart
 from kaf_study.claims import Study, beside_originals, claims_table, means
 from kaf_study.latex import Report, listed, points, span, tabular
 from kaf_study.model_folder import common_training
 from kaf_study.paired import LEVEL
-from kaf_study.seeds import UNDECIDED
+from kaf_study.seeds import UNDECIDED, difference
+from kaf_study.seeds import verdicts as corrected
 from kaf_study.tables import paired_tests
 
-MOST_ROBUST, KAFS_ROBUST = "Swish is the most robust", "KAFs are more robust than ReLU"
 WORDS, CLEAN_WORDS = ("more robust", "less robust"), ("more accurate", "less accurate")
 
 
@@ -28,9 +28,8 @@ def paired(report: Report, table: pd.DataFrame, kind: str, name: str) -> None:
     known = table.drop_duplicates("activation").set_index("activation")["model"]
     activations = table.set_index("model")["activation"]
     named = partial(_named, of=activations)
-    above: dict[str, list[str]] = {}
-    reaches: list[float] = []
-    for reference, sign in (("relu", 1), ("swish", -1)):
+    not_excluded = 0.0
+    for reference in ("relu", "swish"):
         tests = paired_tests(table, [known[reference]], kind) if reference in known else []
         if not tests:
             raise InputError(f"no networks of ReLU and Swish with results of {kind} to compare")
@@ -43,14 +42,12 @@ def paired(report: Report, table: pd.DataFrame, kind: str, name: str) -> None:
                 pairs, "clean_p_holm", "clean_difference", CLEAN_WORDS, named
             ),
         }
-        reaches += list((pairs["high"] - pairs["low"]) / 2)
-        found = pairs[(pairs["p_holm"] < LEVEL) & (sign * pairs["robust_difference"] > 0)]
-        above[reference] = list(activations[found["model"]])
+        alike = pairs.loc[pairs["p_holm"] >= LEVEL, ["low", "high"]].abs()
+        not_excluded = max(not_excluded, alike.to_numpy().max(initial=0))
         for row in pairs[pairs["model"] == known.get("swish")].itertuples():
             interval = f"{points(row.low)} to {points(row.high)}"
             report.numbers[f"{name}SwishOverReLU"] = f"{points(row.robust_difference)} ({interval})"
-    report.numbers[f"{name}HalfWidth"] = span(reaches)
-    answers(report, name, above, sorted(set(activations), key=list(STUDIED).index))
+    report.numbers[f"{name}NotExcluded"] = points(not_excluded, "")
 
 
 def _named(models: Iterable[str], of: pd.Series) -> str:
@@ -69,28 +66,8 @@ def _count(n: int, total: int) -> str:
     return "both" if n == 2 else f"all {n}"
 
 
-def answers(
-    report: Report, name: str, above: Mapping[str, Sequence[str]], tested: Sequence[str]
-) -> None:
-    """Two sentences, of above: {"relu": what is above ReLU, "swish": what Swish is above}."""
-    kafs = [a for a in tested if is_trained_kaf(a)]
-    better = [ACTIVATION_LABELS[a] for a in kafs if a in above["relu"]]
-    worse = [ACTIVATION_LABELS[a] for a in tested if a in above["swish"]]
-    report.numbers |= {
-        f"{name}KafAnswer": f"of {len(kafs)} kinds of trainable activation "
-        f"{listed(better) or 'none'} {'are' if better[1:] else 'is'} shown to be more robust than "
-        "ReLU",
-        f"{name}SwishAnswer": f"of {len(tested) - 1} other activations "
-        f"{listed(worse) or 'none'} {'are' if worse[1:] else 'is'} shown to be less robust than "
-        "Swish",
-    }
-
-
-def verdicts(report: Report, study: Study, originals: pd.DataFrame, *, answers_all: bool) -> None:
-    """Means and verdicts over seeds, beside differences of `tables.original_table`.
-
-    Where there are several, the answers come from these, if the study has all activations.
-    """
+def verdicts(report: Report, study: Study, originals: pd.DataFrame) -> None:
+    """Means and verdicts over seeds, beside differences of `tables.original_table`."""
     averages = means(study)
     claims = beside_originals(claims_table(study), originals, study.architecture)
     report.tables["means"] = tabular(shown_means(averages))
@@ -109,7 +86,7 @@ def verdicts(report: Report, study: Study, originals: pd.DataFrame, *, answers_a
         for column, value in row.items():
             rows.setdefault(column, []).append(value)
     report.tables["verdicts"] = tabular(rows)
-    several, undecided = max(study.seeds.values()) > 1, sum(rows["undecided"])
+    several, undecided = study.has_several_seeds, sum(rows["undecided"])
     sd = {measure: points(value, "") for measure, value in averages.attrs["sd"].items()}
     report.numbers |= {
         "PairsTested": str(len(claims)),
@@ -120,34 +97,113 @@ def verdicts(report: Report, study: Study, originals: pd.DataFrame, *, answers_a
             + ", and with them the question of how much of any difference is the activation and "
             "how much the training that happened to be run" * (undecided == len(claims))
         ),
-        "TestedOver": "over seeds and images"
-        if several and answers_all
-        else "on the images, one network of each",
         "SeedsAnswer": "; ".join(decided(claims)) or "no pair is told apart",
+        "ShortAnswer": short_answer(claims),
+        "PairsOnce": of_every_pair_once(study, claims),
         "SeedSpread": f"The standard deviation between seeds, pooled over the activations, is "
         f"{sd['clean']} points of clean and {sd['robust']} points of robust accuracy."
         if several
         else "As there is one seed of each activation, the variance between trainings is unknown, "
         "and every verdict over seeds is undecided.",
     }
-    if several and answers_all:
-        sure = claims[claims["verdict"] == WORDS[0]]
-        seen = {
-            "relu": list(sure["first"][sure["claim"] == KAFS_ROBUST]),
-            "swish": list(sure["second"][sure["claim"] == MOST_ROBUST]),
+
+
+def short_answer(claims: pd.DataFrame) -> str:
+    """What is more robust than ReLU; which KAFs are above Swish, and which more accurate than ReLU.
+
+    claims: a `claims_table`.
+    """
+    wins: dict[tuple[str, str], dict[str, float]] = {}  # (measure, worse): {better: by how much}
+    for row in claims.itertuples():
+        if row.verdict in (WORDS[0], CLEAN_WORDS[0]):
+            wins.setdefault((row.measure, row.second), {})[row.first] = row.difference
+        elif row.verdict in (WORDS[1], CLEAN_WORDS[1]):
+            wins.setdefault((row.measure, row.first), {})[row.second] = -row.difference
+
+    def shown_above(kind, measure, of, reference):
+        better = [
+            name
+            for name in wins.get((measure, of), {})
+            if kind == "activation" or is_trained_kaf(name)
+        ]
+        if not better:
+            return f"no {kind} is shown to be {reference}"
+        by = f"{span(wins[measure, of][name] for name in better)} points "
+        names = listed([ACTIVATION_LABELS[name] for name in better])
+        return f"{names} {'are' if better[1:] else 'is'} {by}{reference}"
+
+    return (
+        f"{shown_above('activation', 'robust', 'relu', 'more robust than ReLU')}; "
+        f"{shown_above('KAF', 'robust', 'swish', 'more robust than Swish')}, and "
+        f"{shown_above('KAF', 'clean', 'relu', 'more accurate than ReLU')}"
+    )
+
+
+def of_every_pair_once(study: Study, claims: pd.DataFrame) -> str:
+    """What becomes of a `claims_table` whose pairs are counted once and corrected all together."""
+    rows, said = {}, {}  # {(measure, the two): its last row, its verdicts}
+    for row in claims.itertuples():
+        key = row.measure, frozenset((row.first, row.second))
+        rows[key] = row
+        said.setdefault(key, set()).add(row.verdict)
+    found = [
+        difference(study.results[row.measure], row.first, row.second, study.noise[row.measure])
+        for row in rows.values()
+    ]
+    together, *_ = corrected(
+        [float(one.value) for one in found],
+        [float(one.p_different) for one in found],
+        [float(one.p_equal()) for one in found],
+    )
+
+    def names(some):
+        return listed(
+            [
+                f"{ACTIVATION_LABELS[rows[key].first]} and {ACTIVATION_LABELS[rows[key].second]}"
+                for key in some
+            ]
+        )
+
+    sentences = []
+    for what in ("difference", "equality"):
+        sure = {
+            key: word
+            for key, word in zip(rows, together, strict=True)
+            if any(
+                v != UNDECIDED and v.startswith("equal") == (what == "equality") for v in said[key]
+            )
         }
-        answers(report, "Study", seen, list(study.seeds))
+        lost = [key for key, word in sure.items() if word == UNDECIDED]
+        left = "no" if len(lost) == len(sure) else "every"
+        but = f" but that of {names(lost)}" if left == "every" and lost else ""
+        sentences.append(f"{left} {what} stays{but}")
+    mixed = [key for key, words in said.items() if len(words) > 1]
+    return (
+        f"These rows hold {len(rows)} different comparisons, of which "
+        f"{sum(words == {UNDECIDED} for words in said.values())} are undecided in every claim"
+        + f"; {names(mixed)} are told equal among fewer comparisons and not among more"
+        * bool(mixed)
+        + f". Corrected for all {len(rows)} at once, {' and '.join(sentences)}."
+    )
 
 
 def elsewhere(report: Report, others: Sequence[Study]) -> None:
-    """The verdicts of other studies, which have one seed of each activation; a sentence each."""
-    report.numbers["Elsewhere"] = " ".join(
-        f"{common_training(study.models)}, {len(study.seeds)} activations, {study.n:,} images: "
-        f"{'; '.join(decided(claims_table(study))) or 'no pair is told apart'}"
-        + ", with the spread between seeds of the networks above" * (study.lender is not None)
-        + "."
-        for study in others
-    )
+    """The verdicts of other studies, which have one seed of each activation; sentences on each."""
+    said = []
+    for study in others:
+        robust = [
+            f"{ACTIVATION_LABELS[name]} {points(x.mean(), '')}"
+            for name, x in study.results["robust"].items()
+        ]
+        rate = study.models[0].settings["lr_max"]
+        parameters = min(model.record["results"]["parameters"] for model in study.models)
+        told = "; ".join(decided(claims_table(study))) or "No pair is told apart"
+        lent = ", with the spread between seeds of the networks above" * (study.lender is not None)
+        said.append(
+            f"{common_training(study.models)}, peak rate {rate:g}, {parameters:,} parameters or "
+            f"more, {study.n:,} images: {listed(robust)} % are robust. {told}{lent}."
+        )
+    report.numbers["Elsewhere"] = " ".join(said)
 
 
 def decided(claims: pd.DataFrame) -> list[str]:

@@ -24,13 +24,15 @@ def validation(model: TrainedModel, what: str) -> float:
 
 
 def trainings(report: Report, models: Sequence[TrainedModel], results: pd.DataFrame) -> None:
-    """Every network in models/, and what it was attacked by."""
+    """Every network in models/, and what stands under attacks of the study's radius."""
+    radius = results["epsilon"].mode().iloc[0]
+    is_told = (results["labels"] == "true") & (results["epsilon"] == radius)
     under = {
         folder: ", ".join(
             f"{Path(row.path).stem.replace('-true', '')} {points(row.robust_accuracy, '')}"
             for row in rows.itertuples()
         )
-        for folder, rows in results[results["labels"] == "true"].groupby("folder")
+        for folder, rows in results[is_told].groupby("folder")
     }
     report.tables["all"] = tabular(
         {
@@ -85,6 +87,9 @@ def mechanism(report: Report, models: Sequence[TrainedModel]) -> None:
     }
 
 
+MOVED = 0.1  # less than this is told as no change of the curvature
+
+
 def curvature_by_epoch(report: Report, models: Sequence[TrainedModel]) -> None:
     """The median curvature over the layers, epoch by epoch, where it was recorded."""
     rows = []
@@ -114,8 +119,10 @@ def curvature_by_epoch(report: Report, models: Sequence[TrainedModel]) -> None:
     report.tables["curvature_by_epoch"] = tabular(cells)
     report.numbers |= {
         "CurvatureTrainings": str(len(rows)),
-        "CurvatureRose": listed(list(moved.index[moved > 0])) or "none",
-        "CurvatureFell": listed(list(moved.index[moved < 0])) or "none",
+        "CurvatureRose": listed(list(moved.index[moved >= MOVED])) or "none",
+        "CurvatureFell": listed(list(moved.index[moved <= -MOVED])) or "none",
+        "CurvatureStayed": listed(list(moved.index[moved.abs() < MOVED])) or "none",
+        "CurvatureMoved": f"{MOVED:g}",
     }
 
 
@@ -150,21 +157,27 @@ COSTS = {  # macro: (what it is, where it lies in benchmarks/results.json)
 }
 
 
-def cost(report: Report, path: Path) -> None:
-    """Ratios measured within one run, of the benchmarks."""
-    content = read_json(path)
-    rows: dict[str, list[str]] = {"ratio": [], "median": [], "quartiles": []}
+def cost(report: Report, path: Path, wide: Path) -> None:
+    """Ratios measured within one run, of the benchmarks; `wide`: on a processor with AVX-512."""
+    rows: dict[str, list[str]] = {"ratio": [], "median": [], "quartiles": [], "AVX-512": []}
     for macro, (title, *keys) in COSTS.items():
-        value = content
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, dict) or not {"median", "quartiles"} <= value.keys():
-            raise InputError(f"{str(path)!r} lacks {'/'.join(keys)}; run benchmarks/run.py all")
+        value, on_wide = (_ratio(file, keys) for file in (path, wide))
         report.numbers[macro] = f"{value['median']:.3g}"
         rows["ratio"].append(title)
         rows["median"].append(report.numbers[macro])
         rows["quartiles"].append(" to ".join(f"{end:.3g}" for end in value["quartiles"]))
+        rows["AVX-512"].append(f"{on_wide['median']:.3g}")
     report.tables["cost"] = tabular(rows)
+
+
+def _ratio(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What lies under keys in a file of benchmarks: the median and the quartiles of a ratio."""
+    value: Any = read_json(path)
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not {"median", "quartiles"} <= value.keys():
+        raise InputError(f"{str(path)!r} lacks {'/'.join(keys)}; run benchmarks/run.py all")
+    return value
 
 
 def held(report: Report, path: Path) -> None:
