@@ -46,6 +46,13 @@ def test_every_macro_is_defined_and_used():
     assert used == DEFINED
 
 
+def test_results_tell_of_the_original_networks_what_the_report_tells():
+    told = " ".join((ROOT / "RESULTS.md").read_text(encoding="utf-8").split())
+    for macro in ("OriginalTwins", "OriginalOverSeeds"):
+        text = re.search(rf"\\newcommand\{{\\{macro}\}}\{{(.*)\}}\n", NUMBERS)[1]
+        assert text.replace(r"\_", "_").replace(r"\,\%", " %") in told, macro
+
+
 def test_every_table_is_there_and_shown():
     shown = re.findall(r"\\generated\{(\w+)\}", BODY)
     assert sorted([*shown, "numbers"]) == sorted(path.stem for path in GENERATED.iterdir())
