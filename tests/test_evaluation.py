@@ -125,6 +125,17 @@ def test_attack_stays_within_what_it_is_allowed(cnn, data):
     assert result.summary["attacked_predictions_not_reproduced"] == 0
 
 
+def test_attacked_predictions_are_held_against_the_model_that_was_given(cnn, data, monkeypatch):
+    """Planted: a twin that is another function, whose verdicts the model itself never repeats."""
+
+    def another(model, some):
+        return lambda x, training=False: tf.roll(model(x, training=training), 1, axis=1)
+
+    monkeypatch.setattr(evaluation, "inference_twin", another)
+    summary = evaluate(cnn, *data, QUICK).summary
+    assert summary["attacked_predictions_not_reproduced"] == N
+
+
 def test_images_wrong_when_clean_are_not_attacked(true_result):
     rows = true_result.images
     wrong = rows[rows.label != rows.clean_prediction]

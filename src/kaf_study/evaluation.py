@@ -160,12 +160,13 @@ def evaluate(
         linf = np.where(stood, execution.under_true.images["linf"].astype(linf.dtype), linf)
     if fingerprint(x, y) != data:
         raise RuntimeError("the attack changed the images it was given")
-    again = classifier.predict(state.x_adv, execution.batch_size).argmax(axis=-1)
+    again = classifier.predict_as_given(state.x_adv, execution.batch_size).argmax(axis=-1)
 
     images = _image_table(y, clean, settings, state, linf)
     summary = _summary(settings, members, images, state, subject, data, execution.batch_size) | {
         "outputs": outputs,
-        # Not 0: float rounding at a decision boundary, or (if many) a randomised model.
+        # By the model as it was given. Not 0: float rounding at a decision boundary, or (if many) a
+        # randomised model, or a twin that is another function there.
         "attacked_predictions_not_reproduced": int((again != state.prediction).sum()),
         "gradient_calls": state.gradient_calls,  # batches; interrupted restarts not counted
         "seconds": round(float(state.seconds.sum()), 1),
@@ -219,7 +220,8 @@ def _compiled(model, x, y, classes, batch_size):
         )
     with _one_line("the model cannot be compiled by TensorFlow"):
         logits, outputs = logits_of(model, some)
-        classifier = CompiledClassifier(inference_twin(logits, some), int(shape[1]), x.shape[1:])
+        twin = inference_twin(logits, some)
+        classifier = CompiledClassifier(twin, int(shape[1]), x.shape[1:], given=logits)
         classifier.predict(some, batch_size)
     return classifier, outputs
 

@@ -67,14 +67,23 @@ class CompiledClassifier:
         model: Keras model, or callable f(x, training=False), giving logits.
         classes: how many logits it gives.
         input_shape: (H, W, C) of its images.
+        given: the model that `model` is a twin of, if it is one.
 
     Attributes:
         gradient_calls: how many gradients were computed, in batches.
         forward_calls: how many batches were predicted without a gradient.
     """
 
-    def __init__(self, model: Callable, classes: int, input_shape: tuple[int, ...]):
+    def __init__(
+        self,
+        model: Callable,
+        classes: int,
+        input_shape: tuple[int, ...],
+        *,
+        given: Callable | None = None,
+    ):
         self.model, self.nb_classes, self.input_shape = model, classes, tuple(input_shape)
+        self.given = model if given is None else given
         self.gradient_calls = 0
         self.forward_calls = 0
         self._graphs: dict[tuple[Callable, int], Callable] = {}
@@ -99,6 +108,13 @@ class CompiledClassifier:
         self.forward_calls += len(chunks)
         logits_of = self._logits_in_halves
         return np.concatenate([logits_of(tf.constant(c, tf.float32)).numpy() for c in chunks])
+
+    def predict_as_given(self, x: np.ndarray, batch_size: int = 128) -> np.ndarray:
+        """`predict` by the model that was given, as it is: neither its twin nor compiled."""
+        chunks = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
+        return np.concatenate(
+            [np.asarray(self.given(tf.constant(c, tf.float32), training=False)) for c in chunks]
+        )
 
     def differentiable(self, loss: Callable) -> Callable[..., list[np.ndarray]]:
         """A loss of the logits, compiled once, for use on batches; a call counts as a gradient.
