@@ -676,6 +676,21 @@ def test_an_attack_can_be_named_instead_of_its_settings(ten_classes):
     assert evaluate(model, x[:3], y[:3], "fgsm").summary["attack"]["name"] == "fgsm"
 
 
+def test_a_model_without_a_gradient_is_attacked_by_what_sees_its_logits_alone(ten_classes):
+    model, x, y = ten_classes
+
+    def steps_of_grey(images, training=False):
+        return model(tf.round(64 * images) / 64)  # no gradient passes through a rounding
+
+    classifier = CompiledClassifier(steps_of_grey, TEN, SHAPE)
+    square = evaluate(classifier, x, y, AttackSettings("square", 0.2, steps=60))
+    assert square.summary["robust_accuracy"] < square.summary["clean_accuracy"]
+    assert square.summary["gradient_calls"] == classifier.gradient_calls == 0
+    for attack in ("pgd", "suite"):
+        with pytest.raises(InputError, match="no gradient passes"):
+            evaluate(classifier, x, y, attack)
+
+
 def test_a_hidden_adversarial_example_is_found():
     """A gradient of 1e-9 points to one corner of the ball; only there the class changes."""
     generator = np.random.default_rng(7)

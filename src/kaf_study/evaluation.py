@@ -144,6 +144,8 @@ def evaluate(
     x, y = checked_images(x, y)
     data = fingerprint(x, y)
     classifier, outputs, clean = _classifier(model, x, y, subject.classes, execution.batch_size)
+    if settings.needs_gradient:
+        classifier.check_gradient(x[:8], y[:8])
     settings = settings.fitted(classifier.nb_classes)
     members = settings.members_for(classifier.nb_classes)
     units = _units(members, classifier)
@@ -201,7 +203,6 @@ def _classifier(model, x, y, classes, batch_size):
     clean = classifier.predict(x, batch_size)
     if not np.all(np.isfinite(clean)):
         raise InputError("the model gives NaN or infinite outputs on clean images; train it again")
-    classifier.check_gradient(x[:8], y[:8])
     return classifier, outputs, clean.argmax(axis=-1)
 
 

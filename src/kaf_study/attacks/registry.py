@@ -38,6 +38,7 @@ class Attack:
     made_by: "module.Class" in kaf_study.attacks, called with the classifier, epsilon, steps, alpha
         if it has one, and `arguments`.
     is_random: if not, a restart or a seed would change nothing.
+    needs_gradient: if not, it sees the logits alone.
     labels: the protocols it exists for.
     classes: how many the model must have. is_targeted: a restart is one of its other classes.
     searches_on: its points go on after `steps`, by a final search or a look before the long one.
@@ -52,6 +53,7 @@ class Attack:
     restarts: int | None = 1
     most_steps: int = MOST_STEPS
     is_random: bool = True
+    needs_gradient: bool = True
     labels: tuple[str, ...] = ("true",)
     classes: int = 2
     is_targeted: bool = False
@@ -123,13 +125,20 @@ ATTACKS = {
         is_targeted=True,
         searches_on=True,
     ),
-    "square": Attack("Square", "kaf_study.attacks.square", "square.Square", steps=1000),  # queries
+    "square": Attack(
+        "Square",
+        "kaf_study.attacks.square",
+        "square.Square",
+        steps=1000,  # queries
+        needs_gradient=False,
+    ),
     "square-5000": Attack(
         "Square",
         "kaf_study.attacks.square, the first half of the schedule for 10,000 queries",
         "square.Square",
         steps=5000,
         most_steps=10_000,
+        needs_gradient=False,
         arguments={"scheduled": 10_000},
     ),
     "deepfool": Attack(
@@ -239,6 +248,10 @@ class AttackSettings:
     @property
     def is_random(self) -> bool:
         return ATTACKS[self.attack].is_random
+
+    @property
+    def needs_gradient(self) -> bool:
+        return any(ATTACKS[member.attack].needs_gradient for member in self.members)
 
     @property
     def members(self) -> tuple["AttackSettings", ...]:
