@@ -124,21 +124,27 @@ class CompiledClassifier:
 
         Returns:
             Function (x (B, H, W, C), *labels) -> loss (B,), logits (B, classes), and the gradient
-            of the summed loss in x, NumPy arrays.
+            of the summed loss in x, NumPy arrays. Where the gradient is NaN it is 0, as in ART: a
+            pixel that gives no direction is left where it is.
         """
 
         def loss_logits_gradient(x, *labels):
-            self.gradient_calls += 1
-            labels = [tf.constant(label, tf.int32) for label in labels]
-            found = self._traced(loss, len(labels))(tf.constant(x, tf.float32), *labels)
-            if found[-1] is None:
-                raise InputError(
-                    "no gradient passes from the model's outputs to its images, so it cannot be "
-                    "attacked by gradients; give a differentiable version of it"
-                )
-            return [v.numpy() for v in found]
+            *values, gradient = self._differentiated(loss, x, *labels)
+            return [*values, np.nan_to_num(gradient, nan=0.0)]
 
         return loss_logits_gradient
+
+    def _differentiated(self, loss, x, *labels):
+        """What a function made by `differentiable` returns, the gradient as the model gives it."""
+        self.gradient_calls += 1
+        labels = [tf.constant(label, tf.int32) for label in labels]
+        found = self._traced(loss, len(labels))(tf.constant(x, tf.float32), *labels)
+        if found[-1] is None:
+            raise InputError(
+                "no gradient passes from the model's outputs to its images, so it cannot be "
+                "attacked by gradients; give a differentiable version of it"
+            )
+        return [v.numpy() for v in found]
 
     def _traced(self, loss, labels):
         """The graph of a loss with so many labels: one for all batch sizes."""
@@ -164,7 +170,7 @@ class CompiledClassifier:
     def check_gradient(self, x: np.ndarray, y: np.ndarray) -> None:
         """Refuse a model through which no gradient passes, with the reason. x (B, ...), y (B,)."""
         try:
-            gradient = self.differentiable(cross_entropy)(x, y)[2]
+            *_, gradient = self._differentiated(cross_entropy, x, y)
         except InputError:
             raise
         except (LookupError, ValueError, TypeError) as error:

@@ -37,8 +37,8 @@ class PGD(BatchAttack):
 
     def propose(self, state, found, iteration):
         x, x_adv, before = state["x"], state["x_adv"], state["x_before"]
-        gradient = np.nan_to_num(found["gradient"], nan=0.0)  # as ART does
-        stepped = np.clip(x_adv + np.float32(self.alpha) * np.sign(gradient), 0.0, 1.0)
+        step = np.float32(self.alpha) * np.sign(found["gradient"])
+        stepped = np.clip(x_adv + step, 0.0, 1.0)
         delta = np.clip(stepped - x, -np.float32(self.epsilon), np.float32(self.epsilon))
         state["x_adv"], state["x_before"] = x + delta, x_adv  # in [0, 1], also when rounded
         return whole_cycles(before, x_adv, state["x_adv"], self.steps - iteration - 1)
