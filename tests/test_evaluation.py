@@ -549,6 +549,17 @@ def test_models_that_do_not_fit_are_refused(data):
         evaluate(lambda x, training=False: 1 / 0, x, y, QUICK)
 
 
+def test_labels_that_the_model_has_no_class_for_are_refused(cnn, data):
+    x, y = data[0][:20], data[1][:20].copy()
+    y[-1] = CLASSES
+    compiled = {"model": CompiledClassifier(cnn, CLASSES, SHAPE)}
+    for known in (compiled, {"model": cnn, "subject": Subject(classes=CLASSES)}):
+        with pytest.raises(InputError, match="a label 3, the model's classes are 0 to 2"):
+            evaluate(x=x, y=y, settings=QUICK, **known)
+    with pytest.raises(InputError, match="4 classes are expected"):
+        evaluate(cnn, x, y, QUICK)
+
+
 def test_folder_that_cannot_be_written_is_refused_before_the_attack(saved, data, tmp_path):
     (tmp_path / "file").write_text("in the way")
     watch = Watch()

@@ -200,6 +200,11 @@ def _classifier(model, x, y, classes, batch_size):
         classifier, outputs = model, LOGITS
     else:
         classifier, outputs = _compiled(model, x, y, classes, batch_size)
+    if y.max() >= classifier.nb_classes:
+        raise InputError(
+            f"there is a label {y.max()}, the model's classes are 0 to "
+            f"{classifier.nb_classes - 1}; choose the data set it was trained on with --dataset"
+        )
     clean = classifier.predict(x, batch_size)
     if not np.all(np.isfinite(clean)):
         raise InputError("the model gives NaN or infinite outputs on clean images; train it again")
