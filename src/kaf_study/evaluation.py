@@ -143,7 +143,8 @@ def evaluate(
         settings = AttackSettings(settings)
     x, y = checked_images(x, y)
     data = fingerprint(x, y)
-    classifier, outputs, clean = _classifier(model, x, y, subject.classes, execution.batch_size)
+    classifier, outputs = compiled(model, x, y, subject.classes, execution.batch_size)
+    clean = clean_logits(classifier, x, execution.batch_size).argmax(axis=-1)
     if settings.needs_gradient:
         classifier.check_gradient(x[:8], y[:8])
     settings = settings.fitted(classifier.nb_classes)
@@ -194,8 +195,14 @@ def checked_images(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return x, y
 
 
-def _classifier(model, x, y, classes, batch_size):
-    """What is attacked, what its outputs are, clean predictions (N,); refused with a reason."""
+def compiled(
+    model: Callable, x: np.ndarray, y: np.ndarray, classes: int | None, batch_size: int
+) -> tuple[CompiledClassifier, str]:
+    """What is attacked, and what its outputs are; refused where they do not fit images and labels.
+
+    Args:
+        model, x, y: as of `evaluate`. classes: as of `Subject`.
+    """
     if isinstance(model, CompiledClassifier):
         classifier, outputs = model, LOGITS
     else:
@@ -205,14 +212,10 @@ def _classifier(model, x, y, classes, batch_size):
             f"there is a label {y.max()}, the model's classes are 0 to "
             f"{classifier.nb_classes - 1}; choose the data set it was trained on with --dataset"
         )
-    clean = classifier.predict(x, batch_size)
-    if not np.all(np.isfinite(clean)):
-        raise InputError("the model gives NaN or infinite outputs on clean images; train it again")
-    return classifier, outputs, clean.argmax(axis=-1)
+    return classifier, outputs
 
 
 def _compiled(model, x, y, classes, batch_size):
-    """A model's `CompiledClassifier`, and what its outputs are."""
     _check_input_shape(model, x.shape[1:])
     some = x[:batch_size]
     with _one_line(f"the model cannot be called on images {x.shape[1:]}"):
@@ -230,6 +233,14 @@ def _compiled(model, x, y, classes, batch_size):
         classifier = CompiledClassifier(twin, int(shape[1]), x.shape[1:], given=logits)
         classifier.predict(some, batch_size)
     return classifier, outputs
+
+
+def clean_logits(classifier: CompiledClassifier, x: np.ndarray, batch_size: int) -> np.ndarray:
+    """Logits (N, classes) of the clean images; refused where they are not finite."""
+    logits = classifier.predict(x, batch_size)
+    if not np.all(np.isfinite(logits)):
+        raise InputError("the model gives NaN or infinite outputs on clean images; train it again")
+    return logits
 
 
 @contextlib.contextmanager
