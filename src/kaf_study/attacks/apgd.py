@@ -12,6 +12,7 @@ Written here because ART's `AutoProjectedGradientDescent` (1.20.1) has no target
 iterate as progress when it beats the best so far (the paper: when it beats the one before), stops
 a whole batch at once, and keeps the last iterate, whether or not an earlier one was misclassified.
 What it shares with this one (the DLR, the checkpoints) is compared in the tests.
+README.md, here, says where the authors' own code differs from their paper, which this follows.
 """
 
 import math

@@ -163,10 +163,7 @@ ATTACKS = {
         steps=40,
         is_random=False,
     ),
-    # Where the papers and the authors' code differ, this is the papers': Condition 1 of Auto-PGD
-    # is strict and counts x^(1) against x^(0), random starts are not stretched to the radius,
-    # every image has squares of its own, which may touch the last row and column, and FAB ends
-    # with its final search. The schedule of Square is the code's.
+    # Its few departures from the authors' code: README.md, here.
     "autoattack": Attack(
         "AutoAttack",
         "standard AutoAttack (Croce & Hein 2020), each member on what the ones before left",
