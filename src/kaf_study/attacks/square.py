@@ -14,8 +14,8 @@ import numpy as np
 from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.loop import BatchAttack, per_image, project
 
-INITIAL_FRACTION = 0.8  # p: fraction of the pixels that the first squares cover
-# Queries, of 10,000, after which p is halved (Andriushchenko et al., section 5)
+INITIAL_FRACTION = 0.8  # p: of the pixels that the first squares cover; AutoAttack's p_init
+# Queries, of 10,000, after which p is halved: `p_selection` of the authors' code
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
