@@ -299,7 +299,7 @@ def test_interrupted_run_resumes_without_repeating_restarts(cnn, data, protocol,
     assert resumed.summary["gradient_calls"] == whole.summary["gradient_calls"] == steps[2]
 
 
-def test_progress_of_another_evaluation_is_not_taken_over(cnn, data, tmp_path):
+def test_progress_of_another_evaluation_is_not_taken_over(cnn, data, tmp_path, monkeypatch):
     partial = tmp_path / "partial.npz"
     classifier = CompiledClassifier(cnn, CLASSES, SHAPE)
 
@@ -313,6 +313,12 @@ def test_progress_of_another_evaluation_is_not_taken_over(cnn, data, tmp_path):
     assert not restarts_resumed(sha256="b") and restarts_resumed(sha256="b")
     assert not restarts_resumed(replace(WEAK, seed=1)) and restarts_resumed(replace(WEAK, seed=1))
     assert not restarts_resumed(of=(x[::-1], y[::-1])) and not restarts_resumed()
+    for of_the_code in ({"FORMAT": "robustness-2"}, {"versions": lambda: {"tensorflow": "1.0"}}):
+        assert restarts_resumed()
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, *of_the_code.popitem())
+            assert not restarts_resumed()
+        assert not restarts_resumed()
     partial.write_bytes(b"damaged")
     assert not restarts_resumed()
     ran = tmp_path / "ran"

@@ -409,8 +409,12 @@ class _State:
 
 
 def _key(settings, data, model_sha256, clean, stood):
-    """Names an evaluation; the clean predictions tell models apart that come without a hash."""
-    named = [asdict(settings), data, model_sha256, clean.tolist(), stood.tolist()]
+    """Names an evaluation; the clean predictions tell models apart that come without a hash.
+
+    Format and versions too: a record names one of each, so nothing is resumed from another's.
+    """
+    named = [FORMAT, versions(), asdict(settings), data, model_sha256]
+    named += [clean.tolist(), stood.tolist()]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
