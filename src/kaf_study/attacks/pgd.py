@@ -2,7 +2,10 @@
 
 Its steps are IBM ART's (`ProjectedGradientDescentTensorFlowV2`), pixel by pixel, and so the verdict
 at the last iterate; the tests hold them against each other. Once an image's iterates repeat (a
-fixed point or a cycle of two) the rest of its run is known, and left out.
+fixed point or a cycle of two) the rest of its run is known, and left out, as in "Stop Walking in
+Circles!" (Doldo et al. 2025, arXiv 2503.19347). That takes for granted that a model gives one
+gradient for one image: of one that draws at random the steps left out could have led elsewhere
+(`--check` finds such models).
 """
 
 import numpy as np
