@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from kaf_study import InputError
-from kaf_study.attacks.classifier import cross_entropy
+from kaf_study.attacks.classifier import cross_entropy, likeliest_other
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.evaluation import (
     Execution,
@@ -399,9 +399,7 @@ def loss_follows_its_gradient(runs: _Runs) -> Check:
     (several times the expected change).
     """
     y, n = runs.y, len(runs.x)
-    logits = runs.clean_logits.copy()
-    logits[np.arange(n), y] = -np.inf
-    other = logits.argmax(axis=-1)
+    other = likeliest_other(runs.clean_logits, y)
 
     def margins(x):
         z = runs.classifier.predict(x.astype("float32"), runs.batch_size).astype("float64")

@@ -20,7 +20,12 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from kaf_study.attacks.classifier import CompiledClassifier, cross_entropy
+from kaf_study.attacks.classifier import (
+    CompiledClassifier,
+    cross_entropy,
+    likeliest_other,
+    logit_difference,
+)
 from kaf_study.attacks.loop import BatchAttack, State, per_image, project, random_starts
 
 MOMENTUM = 0.75  # alpha of the paper, weight of the new step against the last one
@@ -44,12 +49,6 @@ def targeted_difference_of_logits_ratio(
     return -(z_y - z_t) / (ranked[:, 0] - (ranked[:, 2] + ranked[:, 3]) / 2 + 1e-12)
 
 
-def logit_difference(logits: tf.Tensor, y: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
-    """(B,): z_target - z_y, positive where the target is ahead of the label."""
-    z_y, z_t = (tf.gather(logits, c, batch_dims=1) for c in (y, target))
-    return z_t - z_y
-
-
 LOSSES = {
     "apgd-ce": cross_entropy,
     "apgd-dlr": difference_of_logits_ratio,
@@ -65,13 +64,6 @@ def checkpoints(steps: int) -> list[int]:
     while p[-1] < 1:
         p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
     return [math.ceil(round(fraction * steps, 9)) for fraction in p if fraction <= 1]
-
-
-def likeliest_other(logits: np.ndarray, y: np.ndarray, rank: int) -> np.ndarray:
-    """The class (B,) that is `rank`-th likeliest (from 1) of those other than y (B,)."""
-    others = logits.copy()
-    others[np.arange(len(y)), y] = -np.inf
-    return np.argsort(-others, axis=-1, kind="stable")[:, rank - 1]
 
 
 class APGD(BatchAttack):

@@ -23,6 +23,18 @@ def logit(logits: tf.Tensor, of: tf.Tensor) -> tf.Tensor:
     return tf.gather(logits, of, batch_dims=1)
 
 
+def logit_difference(logits: tf.Tensor, y: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+    """(B,): z_target - z_y, positive where the target is ahead of the label."""
+    return logit(logits, target) - logit(logits, y)
+
+
+def likeliest_other(logits: np.ndarray, y: np.ndarray, rank: int = 1) -> np.ndarray:
+    """The class (B,) that is `rank`-th likeliest (from 1) of those other than y (B,)."""
+    others = logits.copy()
+    others[np.arange(len(y)), y] = -np.inf
+    return np.argsort(-others, axis=-1, kind="stable")[:, rank - 1]
+
+
 FEW = 8  # images that are not worth cutting in two
 
 

@@ -11,7 +11,7 @@ image there depends on the others. Here each image draws its own, named by (seed
 
 import numpy as np
 
-from kaf_study.attacks.classifier import CompiledClassifier
+from kaf_study.attacks.classifier import CompiledClassifier, likeliest_other
 from kaf_study.attacks.loop import BatchAttack, per_image, project
 
 INITIAL_FRACTION = 0.8  # p: of the pixels that the first squares cover; AutoAttack's p_init
@@ -65,10 +65,8 @@ class Square(BatchAttack):
 
     def look(self, state):
         logits = self.classifier.predict(state["x_adv"], len(state["x_adv"]))
-        others = logits.copy()
-        others[np.arange(len(others)), state["y"]] = -np.inf
-        margin = logits[np.arange(len(logits)), state["y"]] - others.max(axis=-1)
-        return logits, {"margin": margin}
+        y, rows = state["y"], np.arange(len(logits))
+        return logits, {"margin": logits[rows, y] - logits[rows, likeliest_other(logits, y)]}
 
     def propose(self, state, found, iteration):
         is_better = found["margin"] < state["best_margin"]
