@@ -96,7 +96,7 @@ def test_an_attack_is_made_with_its_settings_and_a_step_only_if_it_takes_one(mak
     assert making(AttackSettings("apgd-t", 0.5, steps=7), 10) == {
         "epsilon": 0.5,
         "steps": 7,
-        "name": "apgd-t",
+        "loss": "targeted dlr",
     }
     assert AttackSettings("apgd-t").implementation == "kaf_study.attacks.apgd, targeted DLR"
     assert AttackSettings("fgsm").is_random is False

@@ -1,12 +1,13 @@
 """Auto-PGD: projected gradient descent that chooses its own step size (Croce & Hein 2020).
 
 "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
-ICML 2020, arXiv 2003.01690: Algorithm 1, with three losses to raise:
+ICML 2020, arXiv 2003.01690: Algorithm 1, with one of four losses to raise:
 
 - `ce`, the cross-entropy;
 - `dlr`, the difference of logits ratio (equation 6), which no rescaling of the logits changes: a
   saturated cross-entropy has a gradient of 0, this has not;
-- `targeted dlr` (equation 7), towards one other class at a time.
+- `targeted dlr` (equation 7), towards one other class at a time;
+- `margin`, the logit of one other class at a time less the label's: `rapid`'s, not the paper's.
 
 Written here because ART's `AutoProjectedGradientDescent` (1.20.1) has no targeted DLR, counts an
 iterate as progress when it beats the best so far (the paper: when it beats the one before), stops
@@ -50,12 +51,12 @@ def targeted_difference_of_logits_ratio(
 
 
 LOSSES = {
-    "apgd-ce": cross_entropy,
-    "apgd-dlr": difference_of_logits_ratio,
-    "apgd-t": targeted_difference_of_logits_ratio,
-    "apgd-margin": logit_difference,
+    "ce": cross_entropy,
+    "dlr": difference_of_logits_ratio,
+    "targeted dlr": targeted_difference_of_logits_ratio,
+    "margin": logit_difference,
 }
-TARGETED = ("apgd-t", "apgd-margin")
+TARGETED = ("targeted dlr", "margin")
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -70,14 +71,14 @@ class APGD(BatchAttack):
     """Auto-PGD in the L-inf ball, on each image with its own step size.
 
     Args:
-        name: a key of LOSSES. Of TARGETED, restart r aims at the class that is r-th likeliest of
+        loss: a key of LOSSES. Of TARGETED, restart r aims at the class that is r-th likeliest of
             the others for the clean image.
     """
 
-    def __init__(self, classifier: CompiledClassifier, name: str, *, epsilon: float, steps: int):
+    def __init__(self, classifier: CompiledClassifier, loss: str, *, epsilon: float, steps: int):
         super().__init__(classifier, epsilon=epsilon, steps=steps)
-        self.is_targeted = name in TARGETED
-        self._loss_logits_gradient = classifier.differentiable(LOSSES[name])
+        self.is_targeted = loss in TARGETED
+        self._loss_logits_gradient = classifier.differentiable(LOSSES[loss])
         self.checkpoints = checkpoints(steps)
 
     def begin(self, x, y, images, restart, seed):

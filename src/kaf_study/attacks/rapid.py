@@ -34,8 +34,7 @@ class TwoLooks(BatchAttack):
         # The long look's start is a point that was looked at before.
         super().__init__(classifier, epsilon=epsilon, steps=SHORT + 1 + steps)
         self.short, self.long = (
-            APGD(classifier, "apgd-margin", epsilon=epsilon, steps=length)
-            for length in (SHORT, steps)
+            APGD(classifier, "margin", epsilon=epsilon, steps=length) for length in (SHORT, steps)
         )
 
     def begin(self, x, y, images, restart, seed):

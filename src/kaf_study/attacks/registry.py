@@ -86,7 +86,7 @@ ATTACKS = {
         "kaf_study.attacks.apgd",
         "apgd.APGD",
         steps=100,
-        arguments={"name": "apgd-ce"},
+        arguments={"loss": "ce"},
     ),
     "apgd-dlr": Attack(
         "APGD-DLR",
@@ -94,7 +94,7 @@ ATTACKS = {
         "apgd.APGD",
         steps=100,
         classes=3,
-        arguments={"name": "apgd-dlr"},
+        arguments={"loss": "dlr"},
     ),
     "apgd-t": Attack(
         "APGD-T",
@@ -104,7 +104,7 @@ ATTACKS = {
         restarts=9,  # restart r: r-th likeliest other class
         classes=4,
         is_targeted=True,
-        arguments={"name": "apgd-t"},
+        arguments={"loss": "targeted dlr"},
     ),
     "margin-t": Attack(
         "margin-T",
