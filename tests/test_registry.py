@@ -1,14 +1,17 @@
 """The settings of an attack: what it does unless told otherwise, its name, what is refused."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from kaf_study import InputError
+from kaf_study.attacks import registry
 from kaf_study.attacks.registry import (
     ATTACKS,
     MOST_RESTARTS,
@@ -42,6 +45,12 @@ def test_defaults_are_the_published_attacks():
         "rapid": (None, None),
         "suite": (None, None),
     }
+
+
+def test_the_readme_describes_every_attack():
+    readme = Path(registry.__file__).with_name("README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in readme.splitlines() if line.startswith("| `")]
+    assert set(re.findall("`(.+?)`", " ".join(rows))) == {"--attack", *ATTACKS}
 
 
 def test_a_suite_runs_its_members_with_their_defaults():

@@ -34,7 +34,9 @@ class Attack:
     """One attack. alpha, steps and restarts are what it does unless told otherwise.
 
     label: its name in tables and figures.
+    implementation: where it is, or what it consists of, as records tell it.
     alpha: step size in the units of x; None: it has none, or chooses its own.
+    most_steps: beyond which steps are refused.
     made_by: "module.Class" in kaf_study.attacks, called with the classifier, epsilon, steps, alpha
         if it has one, and `arguments`.
     is_random: if not, a restart or a seed would change nothing.
@@ -189,9 +191,10 @@ ATTACKS = {
 class AttackSettings:
     """What decides the verdict on an image. Defaults: PGD-50-10 at 8/255, as in the reference.
 
-    What is None is the attack's own (`ATTACKS`). steps are queries for "square"; restarts are
-    target classes for "apgd-t". The members of a "suite" run one after the other, each on what the
-    ones before left standing. Labels "predicted" exist for "pgd" and "fgsm".
+    What is None is the attack's own (`ATTACKS`). steps are queries for "square" and "square-5000";
+    restarts are target classes for "apgd-t", "fab-t" and "margin-t". The members of "autoattack",
+    "rapid" and "suite" run one after the other, each on what the ones before left standing. Labels
+    "predicted" exist for "pgd" and "fgsm".
     """
 
     attack: str = "pgd"
