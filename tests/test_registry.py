@@ -93,7 +93,7 @@ def making(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for name, attack in ATTACKS.items():
         monkeypatch.setitem(ATTACKS, name, replace(attack, made_by="made.Made"))
-    return lambda settings, classes: settings.made_for(SimpleNamespace(nb_classes=classes))
+    return lambda settings, classes: settings.made_for(SimpleNamespace(classes=classes))
 
 
 def test_an_attack_is_made_with_its_settings_and_a_step_only_if_it_takes_one(making):

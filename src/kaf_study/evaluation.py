@@ -147,8 +147,8 @@ def evaluate(
     clean = clean_logits(classifier, x, execution.batch_size).argmax(axis=-1)
     if settings.needs_gradient:
         classifier.check_gradient(x[:8], y[:8])
-    settings = settings.fitted(classifier.nb_classes)
-    members = settings.members_for(classifier.nb_classes)
+    settings = settings.fitted(classifier.classes)
+    members = settings.members_for(classifier.classes)
     units = _units(members, classifier)
 
     stood = _standing(execution.under_true, settings, y)
@@ -207,10 +207,10 @@ def compiled(
         classifier, outputs = model, LOGITS
     else:
         classifier, outputs = _compiled(model, x, y, classes, batch_size)
-    if y.max() >= classifier.nb_classes:
+    if y.max() >= classifier.classes:
         raise InputError(
             f"there is a label {y.max()}, the model's classes are 0 to "
-            f"{classifier.nb_classes - 1}; choose the data set it was trained on with --dataset"
+            f"{classifier.classes - 1}; choose the data set it was trained on with --dataset"
         )
     return classifier, outputs
 

@@ -310,7 +310,7 @@ def _percent(stands):
 
 def better_than_chance(runs: _Runs) -> Check:
     """Of a network that guesses nothing can be learned: 3 standard deviations above is asked."""
-    n, chance = len(runs.x), 1 / runs.classifier.nb_classes
+    n, chance = len(runs.x), 1 / runs.classifier.classes
     least = chance + 3 * np.sqrt(chance * (1 - chance) / n)
     accuracy = float(runs.is_clean.mean())
     text = f"{accuracy:.1%} correct when clean, chance is {chance:.1%}"

@@ -83,7 +83,6 @@ class CompiledClassifier:
 
     Attributes:
         gradient_calls: how many gradients were computed, in batches.
-        forward_calls: how many batches were predicted without a gradient.
     """
 
     def __init__(
@@ -94,10 +93,9 @@ class CompiledClassifier:
         *,
         given: Callable | None = None,
     ):
-        self.model, self.nb_classes, self.input_shape = model, classes, tuple(input_shape)
+        self.model, self.classes = model, classes
         self.given = model if given is None else given
         self.gradient_calls = 0
-        self.forward_calls = 0
         self._graphs: dict[tuple[Callable, int], Callable] = {}
         self._images = tf.TensorSpec((None, *input_shape), tf.float32)
 
@@ -117,7 +115,6 @@ class CompiledClassifier:
     def predict(self, x: np.ndarray, batch_size: int = 128) -> np.ndarray:
         """Logits (N, classes) of images (N, H, W, C), `batch_size` at a time."""
         chunks = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
-        self.forward_calls += len(chunks)
         logits_of = self._logits_in_halves
         return np.concatenate([logits_of(tf.constant(c, tf.float32)).numpy() for c in chunks])
 

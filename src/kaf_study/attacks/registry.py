@@ -283,7 +283,7 @@ class AttackSettings:
         Raises:
             InputError: the model has too few classes.
         """
-        own, classes = ATTACKS[self.attack], classifier.nb_classes
+        own, classes = ATTACKS[self.attack], classifier.classes
         if classes < own.classes:
             raise InputError(
                 f"{self.attack} needs at least {own.classes} classes, the model has {classes}; "
