@@ -454,6 +454,13 @@ def test_every_attack_of_the_registry_can_be_made_and_keeps_to_the_ball(classifi
         np.testing.assert_array_equal(run.fell, predictions != y)
 
 
+def test_an_attack_has_as_many_points_as_the_registry_says(classifier):
+    for name, own in ATTACKS.items():
+        if not own.members:
+            settings = AttackSettings(name).fitted(CLASSES)
+            assert settings.made_for(classifier).steps == own.steps + own.points_after, name
+
+
 def test_settings_reach_the_attack(classifier):
     attack = AttackSettings("pgd", 0.1, 0.03, 7).made_for(classifier)
     assert (type(attack), attack.epsilon, attack.alpha, attack.steps) == (PGD, 0.1, 0.03, 7)

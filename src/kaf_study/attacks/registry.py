@@ -43,7 +43,7 @@ class Attack:
     needs_gradient: if not, it sees the logits alone.
     labels: the protocols it exists for.
     classes: how many the model must have. is_targeted: a restart is one of its other classes.
-    searches_on: its points go on after `steps`, by a final search or a look before the long one.
+    points_after: its points beyond `steps`, of a final search or of a look before the long one.
     members: of a suite, which has no class of its own: (name, settings that differ from its own).
     """
 
@@ -59,7 +59,7 @@ class Attack:
     labels: tuple[str, ...] = ("true",)
     classes: int = 2
     is_targeted: bool = False
-    searches_on: bool = False
+    points_after: int = 0
     arguments: dict = field(default_factory=dict)
     members: tuple[tuple[str, dict], ...] = ()
 
@@ -115,7 +115,7 @@ ATTACKS = {
         steps=100,  # of the long look
         restarts=3,  # as in apgd-t
         is_targeted=True,
-        searches_on=True,
+        points_after=13,
     ),
     "fab-t": Attack(
         "FAB-T",
@@ -125,7 +125,7 @@ ATTACKS = {
         restarts=9,  # as in apgd-t
         is_random=False,
         is_targeted=True,
-        searches_on=True,
+        points_after=3,
     ),
     "square": Attack(
         "Square",
