@@ -42,8 +42,7 @@ def in_halves(function: Callable, *signature: tf.TensorSpec) -> Callable:
     """A compiled function of batches, called on either half of one: the two at the same time.
 
     One operation on a batch keeps several cores busy for part of its time only; two halves go side
-    by side through all of them. On two cores and 16 to 128 images, a gradient took 0.75 to 0.98 of
-    its time so. A GPU gets the batch whole.
+    by side through all of them. A GPU gets the batch whole.
 
     Args:
         function: of tensors (B, ...), returns one or a list of them, or of None.
