@@ -168,8 +168,7 @@ def evaluate(
     images = _image_table(y, clean, settings, state, linf)
     summary = _summary(settings, members, images, state, subject, data, execution.batch_size) | {
         "outputs": outputs,
-        # By the model as it was given. Not 0: float rounding at a decision boundary, or (if many) a
-        # randomised model, or a twin that is another function there.
+        # Not 0: rounding at a decision boundary; many: a randomised model, or a twin unlike it.
         "attacked_predictions_not_reproduced": int((again != state.prediction).sum()),
         "gradient_calls": state.gradient_calls,  # batches; interrupted restarts not counted
         "seconds": round(float(state.seconds.sum()), 1),

@@ -119,10 +119,8 @@ def check_model(
             settings are not those of a PGD with true labels; if no image is classified correctly.
     """
     if (settings.attack, settings.labels) != ("pgd", "true"):
-        raise InputError(
-            "the checks are of pgd with true labels, "
-            f"got {settings.attack} with labels {settings.labels}"
-        )
+        given = f"{settings.attack} with labels {settings.labels}"
+        raise InputError(f"the checks are of pgd with true labels, got {given}")
     x, y = checked_images(x, y)
     execution = Execution(batch_size)
     runs = _Runs(model, x, y, settings, execution, classes, tuple(transfer_from), queries)
@@ -131,7 +129,7 @@ def check_model(
             f"none of the {len(runs.x)} images is classified correctly, so there is nothing to "
             "check; give a model trained on this data set, or more images (--n)"
         )
-    runs.classifier.check_gradient(runs.x[:8], runs.y[:8])
+    runs.classifier.check_gradient(x[:8], y[:8])
     transferred = runs.transferred  # first: what does not fit is refused before the long attacks
     checks = (
         better_than_chance(runs),
