@@ -10,6 +10,7 @@ import tensorflow as tf
 import toys
 from art.attacks.evasion import AutoProjectedGradientDescent
 from art.estimators.classification import TensorFlowV2Classifier
+from toys import attack_all
 
 from kaf_study.attacks.apgd import APGD, LOSSES, checkpoints
 from kaf_study.attacks.classifier import CompiledClassifier
@@ -39,10 +40,6 @@ def classifier():
 
 
 linear = functools.partial(toys.linear, SHAPE)
-
-
-def attack_all(attack, x, y, restart=1, seed=0, batch_size=8):
-    return attack.run(x, y, np.arange(len(x)), restart, seed=seed, batch_size=batch_size)
 
 
 def test_checkpoints_are_those_of_the_paper():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from toys import attack_all
 
 from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.square import Square, square_side
@@ -26,11 +27,6 @@ def classifier(weights):
         return tf.reshape(x - 0.5, (-1, PIXELS)) @ weights
 
     return CompiledClassifier(model, 2, SHAPE)
-
-
-def attack_all(attack, x, y, images=None, batch_size=8):
-    images = np.arange(len(x)) if images is None else images
-    return attack.run(x, y, images, 1, seed=0, batch_size=batch_size)
 
 
 def test_sides_follow_the_schedule_of_the_authors_code():
