@@ -305,8 +305,8 @@ def _per_channel(values):
 def kth_largest(x: Any, k: Any) -> Any:
     """The k-th largest value of each row; (B, 1) of x (B, size), for a scalar k in 1..size.
 
-    By bisection until no other floating-point number lies between the bounds, hence exact. Some 30
-    to 40 passes that only compare and count: on a CPU a quarter of the time of sorting the rows.
+    By bisection until no other floating-point number lies between the bounds, hence exact: passes
+    that only compare and count take less time than sorting the rows.
     A row with NaN or infinite values may get any threshold.
     """
 

@@ -3,11 +3,7 @@
 import itertools
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
-import textwrap
 import warnings
 from fractions import Fraction
 
@@ -15,9 +11,18 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from toys import formula, normal, run_python
 
 import activationsf
-from activationsf import ACTIVATIONS, AnnealKwta, Kaf, Kwta, activation, replace_activations
+from activationsf import (
+    ACTIVATIONS,
+    AnnealKwta,
+    Kaf,
+    Kwta,
+    activation,
+    kaf_layers,
+    replace_activations,
+)
 
 KERNEL_SETTINGS = [("gaussian", None), ("gaussian", 0.8), ("softplus", None), ("relu", None)]
 STARTS = [{}, {"ridge": "elu"}, {"base": "elu"}]
@@ -28,16 +33,6 @@ SETTINGS = [
     )
     if not (kernel == "relu" and "ridge" in start)
 ]
-
-
-def formula(x, alpha, d, gamma, kernel="gaussian"):
-    difference = np.asarray(x, "float64")[..., None, :] - (d if d.ndim == 2 else d[:, None])
-    kappa = {
-        "gaussian": lambda: np.exp(-gamma * difference**2),
-        "relu": lambda: np.maximum(difference, 0),
-        "softplus": lambda: np.logaddexp(0, difference),
-    }[kernel]()
-    return (alpha * kappa).sum(-2)
 
 
 def layer_formula(layer, x):
@@ -53,29 +48,9 @@ def layer_formula(layer, x):
     return y
 
 
-def normal(*shape, seed=0, dtype="float32"):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
-
-
 def perturb(layer, scale=0.2):
     for i, weight in enumerate(layer.weights):
         weight.assign(np.asarray(weight) + scale * normal(*weight.shape, seed=50 + i))
-
-
-def run_python(script, *arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # --- Kaf: the function and its gradients
@@ -504,10 +479,6 @@ def logits_agree(model, copy, x):
     np.testing.assert_allclose(copy(x), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def kafs(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, Kaf)]
-
-
 def spread_out(model):
     """Weights as in no fresh network, moving statistics included."""
     for i, weight in enumerate(model.weights):
@@ -540,7 +511,7 @@ def test_every_activation_is_exchanged_and_the_outputs_stay():
     copy = replace_activations(model, on_its_base)
     x = normal(5, 8, 8, 3)
     logits_agree(model, copy, x)
-    found = [(layer.name, layer.base.__name__) for layer in kafs(copy)]
+    found = [(layer.name, layer.base.__name__) for layer in kaf_layers(copy)]
     assert sorted(base for _, base in found) == [
         "elu",
         "elu",
@@ -565,7 +536,7 @@ def test_the_copy_trains_every_kaf_and_is_saved(tmp_path):
     copy = replace_activations(network(), on_its_base)
     copy.compile(keras.optimizers.SGD(0.1), "mse")
     copy.fit(normal(4, 8, 8, 3), normal(4, 3, seed=1), verbose=0)
-    assert all(np.asarray(layer.alpha).any() for layer in kafs(copy))
+    assert all(np.asarray(layer.alpha).any() for layer in kaf_layers(copy))
     copy.save(tmp_path / "model.keras")
     x = normal(2, 8, 8, 3)
     np.testing.assert_array_equal(keras.models.load_model(tmp_path / "model.keras")(x), copy(x))
@@ -573,7 +544,7 @@ def test_the_copy_trains_every_kaf_and_is_saved(tmp_path):
 
 def test_other_activations_are_exchanged_where_they_are_named():
     copy = replace_activations(network(), on_its_base, ["relu6", keras.activations.tanh])
-    assert sorted(layer.base.__name__ for layer in kafs(copy)) == ["relu6", "tanh"]
+    assert sorted(layer.base.__name__ for layer in kaf_layers(copy)) == ["relu6", "tanh"]
 
 
 def test_a_sequential_model_and_a_name_will_do():
@@ -634,12 +605,12 @@ def test_the_networks_of_keras_applications_keep_their_outputs_and_train(name, e
         make = getattr(keras.applications, name)
         model = make(weights=None, input_shape=(32, 32, 3), classes=4, classifier_activation=None)
     copy = replace_activations(model, lambda function: Kaf(D=2, base=function))
-    assert len(kafs(copy)) == exchanged
+    assert len(kaf_layers(copy)) == exchanged
     x = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
     logits_agree(model, copy, x)
     copy.compile(keras.optimizers.SGD(1e-3, clipnorm=1e-3), "mse")  # gradients of a fresh network
     copy.fit(x, np.ones((2, 4), "float32"), verbose=0)
-    changed = [np.asarray(layer.alpha).any() for layer in kafs(copy)]
+    changed = [np.asarray(layer.alpha).any() for layer in kaf_layers(copy)]
     assert all(changed) and np.isfinite(copy(x)).all()
 
 
@@ -647,7 +618,7 @@ def test_a_finished_network_of_this_project_keeps_its_logits():
     folder = pathlib.Path(__file__).parents[1] / "models/cifar10_light_cnn_relu_seed0"
     model = keras.models.load_model(folder / "model.keras")
     copy = replace_activations(model, on_its_base)
-    assert len(kafs(copy)) == 5
+    assert len(kaf_layers(copy)) == 5
     logits_agree(model, copy, np.random.default_rng(0).random((8, 32, 32, 3), "float32"))
 
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 import toys
 from art.attacks.evasion import AutoProjectedGradientDescent
 from art.estimators.classification import TensorFlowV2Classifier
+from toys import attack_all
 
 from kaf_study.attacks.apgd import APGD, LOSSES, checkpoints
 from kaf_study.attacks.classifier import CompiledClassifier
@@ -41,10 +42,6 @@ def classifier():
 linear = functools.partial(toys.linear, SHAPE)
 
 
-def attack_all(attack, x, y, restart=1, seed=0, batch_size=8):
-    return attack.run(x, y, np.arange(len(x)), restart, seed=seed, batch_size=batch_size)
-
-
 def test_checkpoints_are_those_of_the_paper():
     # p_j of section 3.2: 0, 0.22, 0.41, 0.57, 0.70, 0.80, 0.87, 0.93, 0.99
     assert checkpoints(100) == [0, 22, 41, 57, 70, 80, 87, 93, 99]
@@ -67,12 +64,12 @@ def test_difference_of_logits_ratio_is_arts(classifier, data):
     art_loss.reduction = "none"
     logits = classifier.predict(x)
     expected = art_loss(np.eye(CLASSES)[y], tf.constant(logits))
-    ours = LOSSES["apgd-dlr"](tf.constant(logits), tf.constant(y), None)
+    ours = LOSSES["dlr"](tf.constant(logits), tf.constant(y), None)
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
     assert ((ours.numpy() > 0) == (logits.argmax(axis=-1) != y)).all()
 
 
-@pytest.mark.parametrize("name", ["apgd-dlr", "apgd-t"])
+@pytest.mark.parametrize("name", ["dlr", "targeted dlr"])
 def test_ratios_do_not_change_when_logits_are_scaled(name, data):
     logits = np.random.default_rng(1).normal(size=(N, CLASSES)).astype("float32")
     y, target = tf.constant(data[1]), tf.constant((data[1] + 1) % CLASSES)
@@ -84,7 +81,7 @@ def test_ratios_do_not_change_when_logits_are_scaled(name, data):
 def test_targeted_ratio_is_equation_7():
     logits = np.array([[5.0, 1.0, 3.0, -2.0, 0.0]], "float32")
     # z_y = 3, z_t = -2; first 5, third 1, fourth 0
-    loss = LOSSES["apgd-t"](tf.constant(logits), tf.constant([2]), tf.constant([3]))
+    loss = LOSSES["targeted dlr"](tf.constant(logits), tf.constant([2]), tf.constant([3]))
     np.testing.assert_allclose(loss, -(3 + 2) / (5 - (1 + 0) / 2), rtol=1e-6)
 
 
@@ -151,7 +148,7 @@ def peaked():
     return CompiledClassifier(model, 4, SHAPE)
 
 
-@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr"])
+@pytest.mark.parametrize("name", ["ce", "dlr"])
 def test_iterates_are_those_of_a_plain_reading(name, monkeypatch):
     n, steps, epsilon = 6, 40, 0.1
     classifier = peaked()
@@ -211,7 +208,7 @@ def test_the_step_is_halved_by_the_two_conditions():
     better_once[45] = 2000.0  # in the window from 41 to 57
     scripts = np.stack([*scripts, never_better, better_once])
     n = len(scripts)
-    attack = APGD(linear(np.ones((int(np.prod(SHAPE)), 2))), "apgd-ce", epsilon=0.1, steps=100)
+    attack = APGD(linear(np.ones((int(np.prod(SHAPE)), 2))), "ce", epsilon=0.1, steps=100)
     x = np.full((n, *SHAPE), 0.5, "float32")
     state = attack.begin(x, np.zeros(n, int), np.arange(n), 1, 0)
     steps = []
@@ -228,7 +225,7 @@ def test_the_step_is_halved_by_the_two_conditions():
     ]
 
 
-@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr"])
+@pytest.mark.parametrize("name", ["ce", "dlr"])
 def test_linear_model_falls_exactly_where_it_must(name):
     generator = np.random.default_rng(1)
     pixels = int(np.prod(SHAPE))
@@ -262,7 +259,7 @@ def test_targeted_restarts_aim_at_the_other_classes_in_turn(data):
     logits = classifier.predict(mean)[0]
     assert logits.argmax() == 0
     rank = int((np.sort(logits)[::-1] == logits[3]).argmax())  # 1: likeliest other class
-    attack = APGD(classifier, "apgd-t", epsilon=1.0, steps=5)
+    attack = APGD(classifier, "targeted dlr", epsilon=1.0, steps=5)
     y = np.array([0])
     for restart in range(1, CLASSES):
         target = attack.begin(mean, y, y, restart, 0)["target"]
@@ -279,7 +276,7 @@ def test_saturated_cross_entropy_hides_what_the_ratio_finds():
     y = classifier.predict(x).argmax(axis=-1)
     by_entropy, by_ratio = (
         attack_all(APGD(classifier, name, epsilon=0.1, steps=10), x, y).fell.mean()
-        for name in ("apgd-ce", "apgd-dlr")
+        for name in ("ce", "dlr")
     )
     assert by_ratio == 1 > by_entropy
 
@@ -300,7 +297,7 @@ def test_stays_in_the_ball_whatever_the_batch_size(classifier, data, name):
 
 def test_restarts_begin_elsewhere(classifier, data):
     x, y = data
-    attack = APGD(classifier, "apgd-ce", epsilon=EPSILON, steps=3)
+    attack = APGD(classifier, "ce", epsilon=EPSILON, steps=3)
     first, second, again = (
         attack.begin(x, y, np.arange(N), restart, 0)["x_adv"] for restart in (1, 2, 1)
     )
@@ -308,7 +305,7 @@ def test_restarts_begin_elsewhere(classifier, data):
     np.testing.assert_array_equal(first, again)
 
 
-@pytest.mark.parametrize("name", ["apgd-dlr", "apgd-t"])
+@pytest.mark.parametrize("name", ["dlr", "targeted dlr"])
 def test_equal_logits_give_a_finite_ratio(name):
     classifier = linear(np.zeros((int(np.prod(SHAPE)), CLASSES)))
     x = np.full((1, *SHAPE), 0.5, "float32")

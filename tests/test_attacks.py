@@ -314,18 +314,34 @@ def test_nan_under_attack_is_not_counted_as_robust():
         attack.run(x, np.array([0, 0]), np.arange(2), 1, seed=0, batch_size=2)
 
 
-def test_a_pixel_whose_gradient_is_nan_does_not_move():
-    def model(x, training=False):
-        flat = keras.ops.reshape(x, (-1, 12))
-        distance = flat[:, :1] - x_0  # the slope of the root of its square at 0 is 0 / 0
-        return flat[:, :2] + keras.ops.sqrt(distance * distance) * np.array([1, 0], "float32")
+GRADIENT_ATTACKS = [name for name, own in ATTACKS.items() if own.needs_gradient and not own.members]
 
-    x = np.full((1, 2, 2, 3), x_0 := np.float32(0.5), "float32")
-    classifier = CompiledClassifier(model, 2, (2, 2, 3))
-    attack = FromTheImage(classifier, epsilon=0.2, alpha=0.06, steps=1)
-    run = attack.run(x, np.array([0]), np.arange(1), 1, seed=0, batch_size=1)
-    assert np.isnan(np.ravel(classifier.differentiable(cross_entropy)(x, np.array([0]))[2])[0])
-    np.testing.assert_allclose(np.ravel(run.x_adv - x), [0, 0.06, *[0] * 10], atol=1e-7)
+
+@pytest.mark.parametrize("name", GRADIENT_ATTACKS)
+def test_a_pixel_whose_gradient_is_nan_counts_as_one_without(name):
+    """The root of a ReLU below its kink: a logit that is finite, a slope of 0 times infinity."""
+    generator = np.random.default_rng(4)
+    weights = generator.normal(size=(PIXELS, CLASSES)).astype("float32")
+    weights[0] = 0  # the first pixel does nothing but through its root
+
+    def model(x, training=False, root=tf.sqrt):
+        flat = tf.reshape(x - 0.5, (-1, PIXELS))
+        return flat @ weights + root(tf.nn.relu(flat[:, :1])) * np.eye(1, CLASSES, dtype="float32")
+
+    x = generator.uniform(0.2, 0.8, (8, *SHAPE)).astype("float32")
+    x[:, 0, 0, 0] = 0.3
+    rooted = CompiledClassifier(model, CLASSES, SHAPE)
+    plain = CompiledClassifier(functools.partial(model, root=tf.identity), CLASSES, SHAPE)
+    y = plain.predict(x).argmax(axis=-1)
+    with pytest.raises(InputError, match="NaN"):  # is it there?
+        rooted.check_gradient(x, y)
+    settings = AttackSettings(name, 0.04, steps=min(ATTACKS[name].steps, 6), restarts=1)
+    with_nan, without = (
+        attacked(settings.made_for(c), x, y, images=EACH[:8]) for c in (rooted, plain)
+    )
+    assert with_nan.fell.any()
+    np.testing.assert_array_equal(with_nan.fell, without.fell)
+    np.testing.assert_allclose(with_nan.x_adv, without.x_adv, atol=1e-6)
 
 
 def test_projection_is_the_nearest_point_of_ball_and_cube():
@@ -398,12 +414,11 @@ def test_on_a_gpu_a_batch_is_computed_whole(monkeypatch):
     assert set(in_halves(size_of, VALUES)(tf.zeros(17)).numpy()) == {17}
 
 
-def test_predictions_are_made_in_batches_that_are_counted(classifier, cnn, data):
+def test_predictions_made_in_batches_are_the_models(classifier, cnn, data):
     x, _ = data
-    before = classifier.forward_calls
-    logits = classifier.predict(x, batch_size=20)
-    assert classifier.forward_calls - before == 3
-    np.testing.assert_allclose(logits, cnn(x, training=False), atol=1e-5)
+    expected = cnn(x, training=False)
+    for predict in (classifier.predict, classifier.predict_as_given):
+        np.testing.assert_allclose(predict(x, batch_size=20), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -437,6 +452,13 @@ def test_every_attack_of_the_registry_can_be_made_and_keeps_to_the_ball(classifi
         predictions = classifier.predict(run.x_adv).argmax(axis=-1)
         np.testing.assert_array_equal(run.predictions, predictions)
         np.testing.assert_array_equal(run.fell, predictions != y)
+
+
+def test_an_attack_has_as_many_points_as_the_registry_says(classifier):
+    for name, own in ATTACKS.items():
+        if not own.members:
+            settings = AttackSettings(name).fitted(CLASSES)
+            assert settings.made_for(classifier).steps == own.steps + own.points_after, name
 
 
 def test_settings_reach_the_attack(classifier):

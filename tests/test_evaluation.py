@@ -125,6 +125,17 @@ def test_attack_stays_within_what_it_is_allowed(cnn, data):
     assert result.summary["attacked_predictions_not_reproduced"] == 0
 
 
+def test_attacked_predictions_are_held_against_the_model_that_was_given(cnn, data, monkeypatch):
+    """Planted: a twin that is another function, whose verdicts the model itself never repeats."""
+
+    def another(model, some):
+        return lambda x, training=False: tf.roll(model(x, training=training), 1, axis=1)
+
+    monkeypatch.setattr(evaluation, "inference_twin", another)
+    summary = evaluate(cnn, *data, QUICK).summary
+    assert summary["attacked_predictions_not_reproduced"] == N
+
+
 def test_images_wrong_when_clean_are_not_attacked(true_result):
     rows = true_result.images
     wrong = rows[rows.label != rows.clean_prediction]
@@ -288,7 +299,7 @@ def test_interrupted_run_resumes_without_repeating_restarts(cnn, data, protocol,
     assert resumed.summary["gradient_calls"] == whole.summary["gradient_calls"] == steps[2]
 
 
-def test_progress_of_another_evaluation_is_not_taken_over(cnn, data, tmp_path):
+def test_progress_of_another_evaluation_is_not_taken_over(cnn, data, tmp_path, monkeypatch):
     partial = tmp_path / "partial.npz"
     classifier = CompiledClassifier(cnn, CLASSES, SHAPE)
 
@@ -302,6 +313,12 @@ def test_progress_of_another_evaluation_is_not_taken_over(cnn, data, tmp_path):
     assert not restarts_resumed(sha256="b") and restarts_resumed(sha256="b")
     assert not restarts_resumed(replace(WEAK, seed=1)) and restarts_resumed(replace(WEAK, seed=1))
     assert not restarts_resumed(of=(x[::-1], y[::-1])) and not restarts_resumed()
+    for of_the_code in ({"FORMAT": "robustness-2"}, {"versions": lambda: {"tensorflow": "1.0"}}):
+        assert restarts_resumed()
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, *of_the_code.popitem())
+            assert not restarts_resumed()
+        assert not restarts_resumed()
     partial.write_bytes(b"damaged")
     assert not restarts_resumed()
     ran = tmp_path / "ran"
@@ -538,6 +555,17 @@ def test_models_that_do_not_fit_are_refused(data):
         evaluate(lambda x, training=False: 1 / 0, x, y, QUICK)
 
 
+def test_labels_that_the_model_has_no_class_for_are_refused(cnn, data):
+    x, y = data[0][:20], data[1][:20].copy()
+    y[-1] = CLASSES
+    compiled = {"model": CompiledClassifier(cnn, CLASSES, SHAPE)}
+    for known in (compiled, {"model": cnn, "subject": Subject(classes=CLASSES)}):
+        with pytest.raises(InputError, match="a label 3, the model's classes are 0 to 2"):
+            evaluate(x=x, y=y, settings=QUICK, **known)
+    with pytest.raises(InputError, match="4 classes are expected"):
+        evaluate(cnn, x, y, QUICK)
+
+
 def test_folder_that_cannot_be_written_is_refused_before_the_attack(saved, data, tmp_path):
     (tmp_path / "file").write_text("in the way")
     watch = Watch()
@@ -663,6 +691,21 @@ def test_at_radius_0_nothing_falls(ten_classes):
 def test_an_attack_can_be_named_instead_of_its_settings(ten_classes):
     model, x, y = ten_classes
     assert evaluate(model, x[:3], y[:3], "fgsm").summary["attack"]["name"] == "fgsm"
+
+
+def test_a_model_without_a_gradient_is_attacked_by_what_sees_its_logits_alone(ten_classes):
+    model, x, y = ten_classes
+
+    def steps_of_grey(images, training=False):
+        return model(tf.round(64 * images) / 64)  # no gradient passes through a rounding
+
+    classifier = CompiledClassifier(steps_of_grey, TEN, SHAPE)
+    square = evaluate(classifier, x, y, AttackSettings("square", 0.2, steps=60))
+    assert square.summary["robust_accuracy"] < square.summary["clean_accuracy"]
+    assert square.summary["gradient_calls"] == classifier.gradient_calls == 0
+    for attack in ("pgd", "suite"):
+        with pytest.raises(InputError, match="no gradient passes"):
+            evaluate(classifier, x, y, attack)
 
 
 def test_a_hidden_adversarial_example_is_found():

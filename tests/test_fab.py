@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 import toys
 from scipy.optimize import linprog
+from toys import attack_all
 
 from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.fab import FAB, SEARCH_STEPS, to_hyperplane
@@ -35,10 +36,6 @@ def curved():
     classifier = CompiledClassifier(model, CLASSES, SHAPE)
     x = np.random.default_rng(0).uniform(0, 1, (N, *SHAPE)).astype("float32")
     return classifier, x, classifier.predict(x).argmax(axis=-1)
-
-
-def attack_all(attack, x, y, restart=1, seed=0, batch_size=8):
-    return attack.run(x, y, np.arange(len(x)), restart, seed=seed, batch_size=batch_size)
 
 
 # ---------------------------------------------------------------- the projection

@@ -4,15 +4,11 @@ The yardstick is the formula in NumPy, float64. Errors are taken relative to the
 at the same x, |alpha_i kappa_i|: ridge coefficients cancel, so the sum itself is no yardstick.
 """
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import activations
+from toys import formula, normal, run_python
 
 import kernel_expansion
 from kernel_expansion import (
@@ -30,23 +26,8 @@ TOLERANCE = 2e-5  # of the largest kernel term
 FLOOR = 1e-16  # of the largest term anywhere: the fast form is 0 where all kernels are below e^-45
 
 
-def formula(x, alpha, dictionary, gamma, kernel="gaussian"):
-    d = dictionary if dictionary.ndim == 2 else dictionary[:, None]
-    difference = x.astype("float64")[..., None, :] - d  # (..., D, C)
-    kappa = {
-        "gaussian": lambda: np.exp(-gamma * difference**2),
-        "relu": lambda: np.maximum(difference, 0),
-        "softplus": lambda: np.logaddexp(0, difference),
-    }[kernel]()
-    return (alpha * kappa).sum(-2)
-
-
 def rule_of_thumb(D, boundary=3.0, scale=1.0):
     return scale * rule_of_thumb_bandwidth(D, boundary)
-
-
-def normal(*shape, seed=0, dtype="float32"):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
 
 
 def ridge_alpha(D, boundary, gamma, channels, target=activations.relu):
@@ -385,16 +366,6 @@ def test_under_distribution_of_the_batch_the_gradients_add_up():
             np.testing.assert_allclose(a, b, atol=1e-6)
     """
     run_python(script)
-
-
-def run_python(script):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 # --- base

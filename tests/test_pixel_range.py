@@ -171,6 +171,6 @@ def test_accuracy_near_chance_fails_the_checks(correct, passed):
     # 64 images, 10 classes: 6.4 by chance, standard deviation 2.4
     is_clean = np.arange(64) < correct
     runs = SimpleNamespace(
-        x=np.zeros(64), is_clean=is_clean, classifier=SimpleNamespace(nb_classes=10)
+        x=np.zeros(64), is_clean=is_clean, classifier=SimpleNamespace(classes=10)
     )
     assert (sanity_checks.better_than_chance(runs).status == "pass") == passed

@@ -17,6 +17,7 @@ PIXELS = int(np.prod(SHAPE))
 
 
 linear = functools.partial(toys.linear, SHAPE)
+attack_all = functools.partial(toys.attack_all, batch_size=N)
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,6 @@ def problem():
     left = logits[np.arange(N), y][:, None] - logits - reach
     left[np.arange(N), y] = np.inf
     return classifier, x, y, left.min(axis=1)
-
-
-def attack_all(attack, x, y, restart=1, batch_size=N):
-    return attack.run(x, y, np.arange(len(x)), restart, seed=0, batch_size=batch_size)
 
 
 def state_after(attack, x, losses):

@@ -229,13 +229,14 @@ def test_members_of_a_suite_are_recounted(tmp_path):
         assert said in refused(Evaluation.read, path)
 
 
-@pytest.mark.parametrize(("attack", "is_longer"), [("apgd-t", False), ("fab-t", True)])
-def test_an_attack_that_searches_on_may_find_something_after_its_steps(attack, is_longer, tmp_path):
+@pytest.mark.parametrize(("attack", "last"), [("apgd-t", 100), ("fab-t", 103), ("margin-t", 113)])
+def test_an_attack_may_find_something_in_its_points_after_its_steps(attack, last, tmp_path):
     path = write(tmp_path, attack=attack)
     rows = pd.read_csv(path.with_suffix(".csv"), dtype={"restart": "Int64", "iteration": "Int64"})
-    rows.loc[0, "iteration"] = 101
-    rows.to_csv(path.with_suffix(".csv"), index=False)
-    assert one_line_or_read(Evaluation.read, path) == is_longer
+    for iteration, is_read in ((last, True), (last + 1, False)):
+        rows.loc[0, "iteration"] = iteration
+        rows.to_csv(path.with_suffix(".csv"), index=False)
+        assert one_line_or_read(Evaluation.read, path) == is_read
 
 
 def test_rows_of_two_kinds_are_one_too_many(tmp_path):

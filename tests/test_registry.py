@@ -1,14 +1,17 @@
 """The settings of an attack: what it does unless told otherwise, its name, what is refused."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from kaf_study import InputError
+from kaf_study.attacks import registry
 from kaf_study.attacks.registry import (
     ATTACKS,
     MOST_RESTARTS,
@@ -42,6 +45,12 @@ def test_defaults_are_the_published_attacks():
         "rapid": (None, None),
         "suite": (None, None),
     }
+
+
+def test_the_readme_describes_every_attack():
+    readme = Path(registry.__file__).with_name("README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in readme.splitlines() if line.startswith("| `")]
+    assert set(re.findall("`(.+?)`", " ".join(rows))) == {"--attack", *ATTACKS}
 
 
 def test_a_suite_runs_its_members_with_their_defaults():
@@ -84,7 +93,7 @@ def making(monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for name, attack in ATTACKS.items():
         monkeypatch.setitem(ATTACKS, name, replace(attack, made_by="made.Made"))
-    return lambda settings, classes: settings.made_for(SimpleNamespace(nb_classes=classes))
+    return lambda settings, classes: settings.made_for(SimpleNamespace(classes=classes))
 
 
 def test_an_attack_is_made_with_its_settings_and_a_step_only_if_it_takes_one(making):
@@ -96,7 +105,7 @@ def test_an_attack_is_made_with_its_settings_and_a_step_only_if_it_takes_one(mak
     assert making(AttackSettings("apgd-t", 0.5, steps=7), 10) == {
         "epsilon": 0.5,
         "steps": 7,
-        "name": "apgd-t",
+        "loss": "targeted dlr",
     }
     assert AttackSettings("apgd-t").implementation == "kaf_study.attacks.apgd, targeted DLR"
     assert AttackSettings("fgsm").is_random is False

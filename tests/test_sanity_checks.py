@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from activationsf import activation
-from kaf_study import InputError, figures, sanity_checks
+from kaf_study import InputError, evaluation, figures, fused_layers, sanity_checks
 from kaf_study.attacks.registry import ATTACKS, AttackSettings
 from kaf_study.sanity_checks import CHECKED, NOT_RUN, RADII, check_model
 
@@ -145,6 +145,40 @@ def test_optimisation_at_test_time_is_a_check_of_the_report(relu, data):
         with_a_tape(relu), data[0][:8], data[1][:8], CHECKED, sanity_checks.Execution(8), 5, (), 5
     )
     assert sanity_checks.nothing_is_optimised(runs).status == "fail"
+
+
+def test_the_checks_are_of_what_the_evaluation_attacks(data, monkeypatch):
+    """The twin with folded batch normalisation, made once."""
+    layers, twins = keras.layers, []
+    model = keras.Sequential(
+        [
+            layers.Input(SHAPE),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dense(CLASSES),
+        ]
+    )
+
+    def noted(model, some):
+        twins.append(fused_layers.inference_twin(model, some))
+        return twins[-1]
+
+    monkeypatch.setattr(evaluation, "inference_twin", noted)
+    x, y = data[0][:8], data[1][:8]
+    runs = sanity_checks._Runs(
+        model, x, y, CHECKED, sanity_checks.Execution(8), CLASSES, (), queries=5
+    )
+    assert sanity_checks.outputs_are_logits(runs).status == "pass"
+    runs.under("fgsm")
+    assert [runs.classifier.model] == twins and runs.classifier.given is model is not twins[0]
+
+
+def test_a_label_without_a_class_is_refused_wherever_it_stands(relu, data):
+    x, y = data[0][:FEW], data[1][:FEW].copy()
+    y[-1] = CLASSES
+    with pytest.raises(InputError, match="a label 5, the model's classes are 0 to 4"):
+        check_model(relu, x, y, classes=CLASSES, **QUICK)
 
 
 def test_rapid_that_misses_what_square_fells_is_flagged():

@@ -1,8 +1,9 @@
-"""Square attack: the published schedule, each image its own squares, logits alone."""
+"""Square attack: the authors' schedule, each image its own squares, logits alone."""
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from toys import attack_all
 
 from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.square import Square, square_side
@@ -28,20 +29,15 @@ def classifier(weights):
     return CompiledClassifier(model, 2, SHAPE)
 
 
-def attack_all(attack, x, y, images=None, batch_size=8):
-    images = np.arange(len(x)) if images is None else images
-    return attack.run(x, y, images, 1, seed=0, batch_size=batch_size)
-
-
-def test_sides_follow_the_published_schedule():
-    # Section 5: p = 0.8, halved after 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000 of 10,000;
-    # the sides are round(sqrt(p * 32 * 32)). The authors' code: query 10 still has the first p.
+def test_sides_follow_the_schedule_of_the_authors_code():
+    # `p_selection`: p = 0.8 (AutoAttack's p_init), halved after 10, 50, 200, 500, 1000, 2000, 4000,
+    # 6000, 8000 of 10,000, query 10 still with the first p. The sides are round(sqrt(p * 32 * 32)).
     sides = [29, 20, 14, 10, 7, 5, 4, 3, 2, 1]
     lasting = np.diff([-1, 10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000, 9999])
-    published = list(np.repeat(sides, lasting))
-    assert [square_side(query, 10_000, 32, 32) for query in range(10_000)] == published
+    expected = list(np.repeat(sides, lasting))
+    assert [square_side(query, 10_000, 32, 32) for query in range(10_000)] == expected
     # Fewer queries go through the whole schedule faster.
-    assert [square_side(query, 1000, 32, 32) for query in range(1000)] == published[::10]
+    assert [square_side(query, 1000, 32, 32) for query in range(1000)] == expected[::10]
 
 
 def test_sides_fit_the_image():

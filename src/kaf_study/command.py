@@ -165,9 +165,11 @@ def add_attack_options(parser: _ArgumentGroup) -> None:
     )
     parser.add_argument("--eps", type=float, default=8, help="L-inf radius in 255ths (8)")
     parser.add_argument("--step", type=float, help="step size of pgd in 255ths (2)")
+    queried = [name for name, own in ATTACKS.items() if not (own.members or own.needs_gradient)]
+    targeted = [name for name, own in ATTACKS.items() if own.is_targeted]
     for name, what in (
-        ("steps", "iterations, of square: queries"),
-        ("restarts", "random restarts"),
+        ("steps", f"iterations, of {' and '.join(queried)}: queries"),
+        ("restarts", f"random restarts, of {', '.join(targeted)}: target classes"),
     ):
         counts = {attack: getattr(own, name) for attack, own in ATTACKS.items()}
         defaults = ", ".join(f"{attack} {count}" for attack, count in counts.items() if count)

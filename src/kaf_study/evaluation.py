@@ -143,9 +143,12 @@ def evaluate(
         settings = AttackSettings(settings)
     x, y = checked_images(x, y)
     data = fingerprint(x, y)
-    classifier, outputs, clean = _classifier(model, x, y, subject.classes, execution.batch_size)
-    settings = settings.fitted(classifier.nb_classes)
-    members = settings.members_for(classifier.nb_classes)
+    classifier, outputs = compiled(model, x, y, subject.classes, execution.batch_size)
+    clean = clean_logits(classifier, x, execution.batch_size).argmax(axis=-1)
+    if settings.needs_gradient:
+        classifier.check_gradient(x[:8], y[:8])
+    settings = settings.fitted(classifier.classes)
+    members = settings.members_for(classifier.classes)
     units = _units(members, classifier)
 
     stood = _standing(execution.under_true, settings, y)
@@ -160,12 +163,12 @@ def evaluate(
         linf = np.where(stood, execution.under_true.images["linf"].astype(linf.dtype), linf)
     if fingerprint(x, y) != data:
         raise RuntimeError("the attack changed the images it was given")
-    again = classifier.predict(state.x_adv, execution.batch_size).argmax(axis=-1)
+    again = classifier.predict_as_given(state.x_adv, execution.batch_size).argmax(axis=-1)
 
     images = _image_table(y, clean, settings, state, linf)
     summary = _summary(settings, members, images, state, subject, data, execution.batch_size) | {
         "outputs": outputs,
-        # Not 0: float rounding at a decision boundary, or (if many) a randomised model.
+        # Not 0: rounding at a decision boundary; many: a randomised model, or a twin unlike it.
         "attacked_predictions_not_reproduced": int((again != state.prediction).sum()),
         "gradient_calls": state.gradient_calls,  # batches; interrupted restarts not counted
         "seconds": round(float(state.seconds.sum()), 1),
@@ -191,21 +194,27 @@ def checked_images(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return x, y
 
 
-def _classifier(model, x, y, classes, batch_size):
-    """What is attacked, what its outputs are, clean predictions (N,); refused with a reason."""
+def compiled(
+    model: Callable, x: np.ndarray, y: np.ndarray, classes: int | None, batch_size: int
+) -> tuple[CompiledClassifier, str]:
+    """What is attacked, and what its outputs are; refused where they do not fit images and labels.
+
+    Args:
+        model, x, y: as of `evaluate`. classes: as of `Subject`.
+    """
     if isinstance(model, CompiledClassifier):
         classifier, outputs = model, LOGITS
     else:
         classifier, outputs = _compiled(model, x, y, classes, batch_size)
-    clean = classifier.predict(x, batch_size)
-    if not np.all(np.isfinite(clean)):
-        raise InputError("the model gives NaN or infinite outputs on clean images; train it again")
-    classifier.check_gradient(x[:8], y[:8])
-    return classifier, outputs, clean.argmax(axis=-1)
+    if y.max() >= classifier.classes:
+        raise InputError(
+            f"there is a label {y.max()}, the model's classes are 0 to "
+            f"{classifier.classes - 1}; choose the data set it was trained on with --dataset"
+        )
+    return classifier, outputs
 
 
 def _compiled(model, x, y, classes, batch_size):
-    """A model's `CompiledClassifier`, and what its outputs are."""
     _check_input_shape(model, x.shape[1:])
     some = x[:batch_size]
     with _one_line(f"the model cannot be called on images {x.shape[1:]}"):
@@ -219,9 +228,18 @@ def _compiled(model, x, y, classes, batch_size):
         )
     with _one_line("the model cannot be compiled by TensorFlow"):
         logits, outputs = logits_of(model, some)
-        classifier = CompiledClassifier(inference_twin(logits, some), int(shape[1]), x.shape[1:])
+        twin = inference_twin(logits, some)
+        classifier = CompiledClassifier(twin, int(shape[1]), x.shape[1:], given=logits)
         classifier.predict(some, batch_size)
     return classifier, outputs
+
+
+def clean_logits(classifier: CompiledClassifier, x: np.ndarray, batch_size: int) -> np.ndarray:
+    """Logits (N, classes) of the clean images; refused where they are not finite."""
+    logits = classifier.predict(x, batch_size)
+    if not np.all(np.isfinite(logits)):
+        raise InputError("the model gives NaN or infinite outputs on clean images; train it again")
+    return logits
 
 
 @contextlib.contextmanager
@@ -390,8 +408,12 @@ class _State:
 
 
 def _key(settings, data, model_sha256, clean, stood):
-    """Names an evaluation; the clean predictions tell models apart that come without a hash."""
-    named = [asdict(settings), data, model_sha256, clean.tolist(), stood.tolist()]
+    """Names an evaluation; the clean predictions tell models apart that come without a hash.
+
+    Format and versions too: a record names one of each, so nothing is resumed from another's.
+    """
+    named = [FORMAT, versions(), asdict(settings), data, model_sha256]
+    named += [clean.tolist(), stood.tolist()]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 

@@ -450,9 +450,9 @@ def _fault_of_falls(images: pd.DataFrame, summary: dict[str, Any]) -> str | None
     for member in attack.get("members", [attack]):
         rows = felled[member["name"]]
         for name, least, setting in (("restart", 1, "restarts"), ("iteration", 0, "steps")):
-            attacked_by = ATTACKS.get(member["name"])
-            is_longer = name == "iteration" and attacked_by and attacked_by.searches_on
-            most = np.inf if is_longer else member.get(setting) or np.inf
+            most = member.get(setting) or np.inf
+            if name == "iteration" and member["name"] in ATTACKS:
+                most += ATTACKS[member["name"]].points_after
             if not rows[name].between(least, most).all():
                 return f"{name} lies outside {least} to {most} for {member['name']}"
     return None

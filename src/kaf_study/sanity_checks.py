@@ -23,10 +23,17 @@ import numpy as np
 import tensorflow as tf
 
 from kaf_study import InputError
-from kaf_study.attacks.classifier import CompiledClassifier, cross_entropy
+from kaf_study.attacks.classifier import cross_entropy, likeliest_other
 from kaf_study.attacks.registry import AttackSettings
-from kaf_study.evaluation import Execution, Subject, evaluate
-from kaf_study.saved_models import HOW_ATTACKED, PROBABILITIES, SQUASHED, logits_of
+from kaf_study.evaluation import (
+    Execution,
+    Subject,
+    checked_images,
+    clean_logits,
+    compiled,
+    evaluate,
+)
+from kaf_study.saved_models import HOW_ATTACKED, PROBABILITIES, SQUASHED
 
 RADII = (0, 1, 2, 4, 8, 16, 32)  # of the curve, in 255ths
 ITERATIONS = (1, 5, 10, 20, 50, 100)
@@ -112,10 +119,9 @@ def check_model(
             settings are not those of a PGD with true labels; if no image is classified correctly.
     """
     if (settings.attack, settings.labels) != ("pgd", "true"):
-        raise InputError(
-            "the checks are of pgd with true labels, "
-            f"got {settings.attack} with labels {settings.labels}"
-        )
+        given = f"{settings.attack} with labels {settings.labels}"
+        raise InputError(f"the checks are of pgd with true labels, got {given}")
+    x, y = checked_images(x, y)
     execution = Execution(batch_size)
     runs = _Runs(model, x, y, settings, execution, classes, tuple(transfer_from), queries)
     if not runs.is_clean.any():
@@ -123,6 +129,7 @@ def check_model(
             f"none of the {len(runs.x)} images is classified correctly, so there is nothing to "
             "check; give a model trained on this data set, or more images (--n)"
         )
+    runs.classifier.check_gradient(x[:8], y[:8])
     transferred = runs.transferred  # first: what does not fit is refused before the long attacks
     checks = (
         better_than_chance(runs),
@@ -176,23 +183,17 @@ class _Runs:
         return self.stands(replace(self.settings, **changed))
 
     @cached_property
+    def compiled(self):
+        """What all attacks are run on, compiled once, and what its outputs are."""
+        return compiled(self.model, self.x, self.y, self.classes, self.batch_size)
+
+    @property
     def classifier(self):
-        """Compiled once for all attacks, after `evaluate` has seen that it can be attacked."""
-        evaluate(
-            self.model,
-            self.x[:1],  # refuses what does not fit
-            self.y[:1],
-            "fgsm",
-            subject=Subject(classes=self.classes),
-            execution=self.execution,
-        )
-        logits, _ = logits_of(self.model, self.x[: self.batch_size])
-        outputs = np.shape(logits(self.x[:1], training=False))[1]
-        return CompiledClassifier(logits, outputs, self.x.shape[1:])
+        return self.compiled[0]
 
     @cached_property
     def clean_logits(self):
-        return self.classifier.predict(self.x, self.batch_size)
+        return clean_logits(self.classifier, self.x, self.batch_size)
 
     @cached_property
     def is_clean(self):
@@ -307,7 +308,7 @@ def _percent(stands):
 
 def better_than_chance(runs: _Runs) -> Check:
     """Of a network that guesses nothing can be learned: 3 standard deviations above is asked."""
-    n, chance = len(runs.x), 1 / runs.classifier.nb_classes
+    n, chance = len(runs.x), 1 / runs.classifier.classes
     least = chance + 3 * np.sqrt(chance * (1 - chance) / n)
     accuracy = float(runs.is_clean.mean())
     text = f"{accuracy:.1%} correct when clean, chance is {chance:.1%}"
@@ -319,7 +320,7 @@ def better_than_chance(runs: _Runs) -> Check:
 def outputs_are_logits(runs: _Runs) -> Check:
     """A softmax that cannot be taken off must at least not be saturated."""
     name = "outputs"
-    _, kind = logits_of(runs.model, runs.x[: runs.batch_size])
+    _, kind = runs.compiled
     if kind not in (PROBABILITIES, SQUASHED):
         return _check(name, True, f"attacked {HOW_ATTACKED[kind]}")
     (p,) = runs.in_batches(lambda x: [np.asarray(runs.model(x, training=False))], runs.x)
@@ -396,9 +397,7 @@ def loss_follows_its_gradient(runs: _Runs) -> Check:
     (several times the expected change).
     """
     y, n = runs.y, len(runs.x)
-    logits = runs.clean_logits.copy()
-    logits[np.arange(n), y] = -np.inf
-    other = logits.argmax(axis=-1)
+    other = likeliest_other(runs.clean_logits, y)
 
     def margins(x):
         z = runs.classifier.predict(x.astype("float32"), runs.batch_size).astype("float64")

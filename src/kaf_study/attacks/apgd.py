@@ -1,17 +1,19 @@
 """Auto-PGD: projected gradient descent that chooses its own step size (Croce & Hein 2020).
 
 "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks",
-ICML 2020, arXiv 2003.01690: Algorithm 1, with three losses to raise:
+ICML 2020, arXiv 2003.01690: Algorithm 1, with one of four losses to raise:
 
 - `ce`, the cross-entropy;
 - `dlr`, the difference of logits ratio (equation 6), which no rescaling of the logits changes: a
   saturated cross-entropy has a gradient of 0, this has not;
-- `targeted dlr` (equation 7), towards one other class at a time.
+- `targeted dlr` (equation 7), towards one other class at a time;
+- `margin`, the logit of one other class at a time less the label's: `rapid`'s, not the paper's.
 
 Written here because ART's `AutoProjectedGradientDescent` (1.20.1) has no targeted DLR, counts an
 iterate as progress when it beats the best so far (the paper: when it beats the one before), stops
 a whole batch at once, and keeps the last iterate, whether or not an earlier one was misclassified.
 What it shares with this one (the DLR, the checkpoints) is compared in the tests.
+README.md, here, says where the authors' own code differs from their paper, which this follows.
 """
 
 import math
@@ -19,7 +21,12 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from kaf_study.attacks.classifier import CompiledClassifier, cross_entropy
+from kaf_study.attacks.classifier import (
+    CompiledClassifier,
+    cross_entropy,
+    likeliest_other,
+    logit_difference,
+)
 from kaf_study.attacks.loop import BatchAttack, State, per_image, project, random_starts
 
 MOMENTUM = 0.75  # alpha of the paper, weight of the new step against the last one
@@ -43,19 +50,13 @@ def targeted_difference_of_logits_ratio(
     return -(z_y - z_t) / (ranked[:, 0] - (ranked[:, 2] + ranked[:, 3]) / 2 + 1e-12)
 
 
-def logit_difference(logits: tf.Tensor, y: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
-    """(B,): z_target - z_y, positive where the target is ahead of the label."""
-    z_y, z_t = (tf.gather(logits, c, batch_dims=1) for c in (y, target))
-    return z_t - z_y
-
-
 LOSSES = {
-    "apgd-ce": cross_entropy,
-    "apgd-dlr": difference_of_logits_ratio,
-    "apgd-t": targeted_difference_of_logits_ratio,
-    "apgd-margin": logit_difference,
+    "ce": cross_entropy,
+    "dlr": difference_of_logits_ratio,
+    "targeted dlr": targeted_difference_of_logits_ratio,
+    "margin": logit_difference,
 }
-TARGETED = ("apgd-t", "apgd-margin")
+TARGETED = ("targeted dlr", "margin")
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -66,25 +67,18 @@ def checkpoints(steps: int) -> list[int]:
     return [math.ceil(round(fraction * steps, 9)) for fraction in p if fraction <= 1]
 
 
-def likeliest_other(logits: np.ndarray, y: np.ndarray, rank: int) -> np.ndarray:
-    """The class (B,) that is `rank`-th likeliest (from 1) of those other than y (B,)."""
-    others = logits.copy()
-    others[np.arange(len(y)), y] = -np.inf
-    return np.argsort(-others, axis=-1, kind="stable")[:, rank - 1]
-
-
 class APGD(BatchAttack):
     """Auto-PGD in the L-inf ball, on each image with its own step size.
 
     Args:
-        name: a key of LOSSES. Of TARGETED, restart r aims at the class that is r-th likeliest of
+        loss: a key of LOSSES. Of TARGETED, restart r aims at the class that is r-th likeliest of
             the others for the clean image.
     """
 
-    def __init__(self, classifier: CompiledClassifier, name: str, *, epsilon: float, steps: int):
+    def __init__(self, classifier: CompiledClassifier, loss: str, *, epsilon: float, steps: int):
         super().__init__(classifier, epsilon=epsilon, steps=steps)
-        self.is_targeted = name in TARGETED
-        self._loss_logits_gradient = classifier.differentiable(LOSSES[name])
+        self.is_targeted = loss in TARGETED
+        self._loss_logits_gradient = classifier.differentiable(LOSSES[loss])
         self.checkpoints = checkpoints(steps)
 
     def begin(self, x, y, images, restart, seed):

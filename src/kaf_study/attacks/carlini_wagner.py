@@ -10,7 +10,7 @@ Adam down the margin z_y - max_{i != y} z_i (the paper's f_6).
 import numpy as np
 import tensorflow as tf
 
-from kaf_study.attacks.classifier import CompiledClassifier
+from kaf_study.attacks.classifier import CompiledClassifier, logit
 from kaf_study.attacks.loop import BatchAttack, project
 
 LEARNING_RATE = 0.1  # of Adam in w, which saturates at 2 or so: within reach of 40 steps
@@ -21,7 +21,7 @@ def margin(logits: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     """(B,): z_y - max_{i != y} z_i of logits (B, classes); negative where y is not predicted."""
     is_y = tf.one_hot(y, tf.shape(logits)[1], on_value=True, off_value=False)
     others = tf.where(is_y, logits.dtype.min, logits)
-    return tf.gather(logits, y, batch_dims=1) - tf.reduce_max(others, axis=-1)
+    return logit(logits, y) - tf.reduce_max(others, axis=-1)
 
 
 class CarliniWagner(BatchAttack):

@@ -23,6 +23,18 @@ def logit(logits: tf.Tensor, of: tf.Tensor) -> tf.Tensor:
     return tf.gather(logits, of, batch_dims=1)
 
 
+def logit_difference(logits: tf.Tensor, y: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
+    """(B,): z_target - z_y, positive where the target is ahead of the label."""
+    return logit(logits, target) - logit(logits, y)
+
+
+def likeliest_other(logits: np.ndarray, y: np.ndarray, rank: int = 1) -> np.ndarray:
+    """The class (B,) that is `rank`-th likeliest (from 1) of those other than y (B,)."""
+    others = logits.copy()
+    others[np.arange(len(y)), y] = -np.inf
+    return np.argsort(-others, axis=-1, kind="stable")[:, rank - 1]
+
+
 FEW = 8  # images that are not worth cutting in two
 
 
@@ -30,8 +42,7 @@ def in_halves(function: Callable, *signature: tf.TensorSpec) -> Callable:
     """A compiled function of batches, called on either half of one: the two at the same time.
 
     One operation on a batch keeps several cores busy for part of its time only; two halves go side
-    by side through all of them. On two cores and 16 to 128 images, a gradient took 0.75 to 0.98 of
-    its time so. A GPU gets the batch whole.
+    by side through all of them. A GPU gets the batch whole.
 
     Args:
         function: of tensors (B, ...), returns one or a list of them, or of None.
@@ -67,16 +78,23 @@ class CompiledClassifier:
         model: Keras model, or callable f(x, training=False), giving logits.
         classes: how many logits it gives.
         input_shape: (H, W, C) of its images.
+        given: the model that `model` is a twin of, if it is one.
 
     Attributes:
         gradient_calls: how many gradients were computed, in batches.
-        forward_calls: how many batches were predicted without a gradient.
     """
 
-    def __init__(self, model: Callable, classes: int, input_shape: tuple[int, ...]):
-        self.model, self.nb_classes, self.input_shape = model, classes, tuple(input_shape)
+    def __init__(
+        self,
+        model: Callable,
+        classes: int,
+        input_shape: tuple[int, ...],
+        *,
+        given: Callable | None = None,
+    ):
+        self.model, self.classes = model, classes
+        self.given = model if given is None else given
         self.gradient_calls = 0
-        self.forward_calls = 0
         self._graphs: dict[tuple[Callable, int], Callable] = {}
         self._images = tf.TensorSpec((None, *input_shape), tf.float32)
 
@@ -96,9 +114,15 @@ class CompiledClassifier:
     def predict(self, x: np.ndarray, batch_size: int = 128) -> np.ndarray:
         """Logits (N, classes) of images (N, H, W, C), `batch_size` at a time."""
         chunks = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
-        self.forward_calls += len(chunks)
         logits_of = self._logits_in_halves
         return np.concatenate([logits_of(tf.constant(c, tf.float32)).numpy() for c in chunks])
+
+    def predict_as_given(self, x: np.ndarray, batch_size: int = 128) -> np.ndarray:
+        """`predict` by the model that was given, as it is: neither its twin nor compiled."""
+        chunks = [x[i : i + batch_size] for i in range(0, len(x), batch_size)]
+        return np.concatenate(
+            [np.asarray(self.given(tf.constant(c, tf.float32), training=False)) for c in chunks]
+        )
 
     def differentiable(self, loss: Callable) -> Callable[..., list[np.ndarray]]:
         """A loss of the logits, compiled once, for use on batches; a call counts as a gradient.
@@ -108,21 +132,27 @@ class CompiledClassifier:
 
         Returns:
             Function (x (B, H, W, C), *labels) -> loss (B,), logits (B, classes), and the gradient
-            of the summed loss in x, NumPy arrays.
+            of the summed loss in x, NumPy arrays. Where the gradient is NaN it is 0, as in ART: a
+            pixel that gives no direction is left where it is.
         """
 
         def loss_logits_gradient(x, *labels):
-            self.gradient_calls += 1
-            labels = [tf.constant(label, tf.int32) for label in labels]
-            found = self._traced(loss, len(labels))(tf.constant(x, tf.float32), *labels)
-            if found[-1] is None:
-                raise InputError(
-                    "no gradient passes from the model's outputs to its images, so it cannot be "
-                    "attacked by gradients; give a differentiable version of it"
-                )
-            return [v.numpy() for v in found]
+            *values, gradient = self._differentiated(loss, x, *labels)
+            return [*values, np.nan_to_num(gradient, nan=0.0)]
 
         return loss_logits_gradient
+
+    def _differentiated(self, loss, x, *labels):
+        """What a function made by `differentiable` returns, the gradient as the model gives it."""
+        self.gradient_calls += 1
+        labels = [tf.constant(label, tf.int32) for label in labels]
+        found = self._traced(loss, len(labels))(tf.constant(x, tf.float32), *labels)
+        if found[-1] is None:
+            raise InputError(
+                "no gradient passes from the model's outputs to its images, so it cannot be "
+                "attacked by gradients; give a differentiable version of it"
+            )
+        return [v.numpy() for v in found]
 
     def _traced(self, loss, labels):
         """The graph of a loss with so many labels: one for all batch sizes."""
@@ -148,7 +178,7 @@ class CompiledClassifier:
     def check_gradient(self, x: np.ndarray, y: np.ndarray) -> None:
         """Refuse a model through which no gradient passes, with the reason. x (B, ...), y (B,)."""
         try:
-            gradient = self.differentiable(cross_entropy)(x, y)[2]
+            *_, gradient = self._differentiated(cross_entropy, x, y)
         except InputError:
             raise
         except (LookupError, ValueError, TypeError) as error:

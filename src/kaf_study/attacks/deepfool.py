@@ -36,7 +36,7 @@ class DeepFool(BatchAttack):
 
     def look(self, state):
         x_uncut, n = state["x_uncut"], len(state["x"])
-        classes = np.tile(np.arange(self.classifier.nb_classes), (n, 1))
+        classes = np.tile(np.arange(self.classifier.classes), (n, 1))
         return self.classifier.predict(state["x_adv"], n), {
             "logits": self.classifier.predict(x_uncut, n),
             "gradients": self.classifier.class_gradients(x_uncut, classes),

@@ -14,8 +14,7 @@ at its r-th likeliest other class.
 
 import numpy as np
 
-from kaf_study.attacks.apgd import likeliest_other, logit_difference
-from kaf_study.attacks.classifier import CompiledClassifier
+from kaf_study.attacks.classifier import CompiledClassifier, likeliest_other, logit_difference
 from kaf_study.attacks.loop import BatchAttack, per_image
 
 # The paper's settings for L-inf, which AutoAttack has as well

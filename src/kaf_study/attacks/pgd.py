@@ -2,7 +2,10 @@
 
 Its steps are IBM ART's (`ProjectedGradientDescentTensorFlowV2`), pixel by pixel, and so the verdict
 at the last iterate; the tests hold them against each other. Once an image's iterates repeat (a
-fixed point or a cycle of two) the rest of its run is known, and left out.
+fixed point or a cycle of two) the rest of its run is known, and left out, as in "Stop Walking in
+Circles!" (Doldo et al. 2025, arXiv 2503.19347). That takes for granted that a model gives one
+gradient for one image: of one that draws at random the steps left out could have led elsewhere
+(`--check` finds such models).
 """
 
 import numpy as np
@@ -37,8 +40,8 @@ class PGD(BatchAttack):
 
     def propose(self, state, found, iteration):
         x, x_adv, before = state["x"], state["x_adv"], state["x_before"]
-        gradient = np.nan_to_num(found["gradient"], nan=0.0)  # as ART does
-        stepped = np.clip(x_adv + np.float32(self.alpha) * np.sign(gradient), 0.0, 1.0)
+        step = np.float32(self.alpha) * np.sign(found["gradient"])
+        stepped = np.clip(x_adv + step, 0.0, 1.0)
         delta = np.clip(stepped - x, -np.float32(self.epsilon), np.float32(self.epsilon))
         state["x_adv"], state["x_before"] = x + delta, x_adv  # in [0, 1], also when rounded
         return whole_cycles(before, x_adv, state["x_adv"], self.steps - iteration - 1)

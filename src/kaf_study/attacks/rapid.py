@@ -14,9 +14,7 @@ from kaf_study.attacks.apgd import APGD
 from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.loop import BatchAttack, per_image
 
-# On a ResNet20 of this project all that a short look takes from the margin it takes in its first
-# four steps, but for a thousandth.
-SHORT = 12  # steps of the short look
+SHORT = 12  # steps of the short look: a few take nearly all of the margin, the rest is reserve
 NEAR = 0.1  # what is left of the margin, as a fraction of what the short look has taken away
 
 
@@ -34,8 +32,7 @@ class TwoLooks(BatchAttack):
         # The long look's start is a point that was looked at before.
         super().__init__(classifier, epsilon=epsilon, steps=SHORT + 1 + steps)
         self.short, self.long = (
-            APGD(classifier, "apgd-margin", epsilon=epsilon, steps=length)
-            for length in (SHORT, steps)
+            APGD(classifier, "margin", epsilon=epsilon, steps=length) for length in (SHORT, steps)
         )
 
     def begin(self, x, y, images, restart, seed):

@@ -34,13 +34,16 @@ class Attack:
     """One attack. alpha, steps and restarts are what it does unless told otherwise.
 
     label: its name in tables and figures.
+    implementation: where it is, or what it consists of, as records tell it.
     alpha: step size in the units of x; None: it has none, or chooses its own.
+    most_steps: beyond which steps are refused.
     made_by: "module.Class" in kaf_study.attacks, called with the classifier, epsilon, steps, alpha
         if it has one, and `arguments`.
     is_random: if not, a restart or a seed would change nothing.
+    needs_gradient: if not, it sees the logits alone.
     labels: the protocols it exists for.
     classes: how many the model must have. is_targeted: a restart is one of its other classes.
-    searches_on: its points go on after `steps`, by a final search or a look before the long one.
+    points_after: its points beyond `steps`, of a final search or of a look before the long one.
     members: of a suite, which has no class of its own: (name, settings that differ from its own).
     """
 
@@ -52,10 +55,11 @@ class Attack:
     restarts: int | None = 1
     most_steps: int = MOST_STEPS
     is_random: bool = True
+    needs_gradient: bool = True
     labels: tuple[str, ...] = ("true",)
     classes: int = 2
     is_targeted: bool = False
-    searches_on: bool = False
+    points_after: int = 0
     arguments: dict = field(default_factory=dict)
     members: tuple[tuple[str, dict], ...] = ()
 
@@ -84,7 +88,7 @@ ATTACKS = {
         "kaf_study.attacks.apgd",
         "apgd.APGD",
         steps=100,
-        arguments={"name": "apgd-ce"},
+        arguments={"loss": "ce"},
     ),
     "apgd-dlr": Attack(
         "APGD-DLR",
@@ -92,7 +96,7 @@ ATTACKS = {
         "apgd.APGD",
         steps=100,
         classes=3,
-        arguments={"name": "apgd-dlr"},
+        arguments={"loss": "dlr"},
     ),
     "apgd-t": Attack(
         "APGD-T",
@@ -102,7 +106,7 @@ ATTACKS = {
         restarts=9,  # restart r: r-th likeliest other class
         classes=4,
         is_targeted=True,
-        arguments={"name": "apgd-t"},
+        arguments={"loss": "targeted dlr"},
     ),
     "margin-t": Attack(
         "margin-T",
@@ -111,7 +115,7 @@ ATTACKS = {
         steps=100,  # of the long look
         restarts=3,  # as in apgd-t
         is_targeted=True,
-        searches_on=True,
+        points_after=13,
     ),
     "fab-t": Attack(
         "FAB-T",
@@ -121,15 +125,22 @@ ATTACKS = {
         restarts=9,  # as in apgd-t
         is_random=False,
         is_targeted=True,
-        searches_on=True,
+        points_after=3,
     ),
-    "square": Attack("Square", "kaf_study.attacks.square", "square.Square", steps=1000),  # queries
+    "square": Attack(
+        "Square",
+        "kaf_study.attacks.square",
+        "square.Square",
+        steps=1000,  # queries
+        needs_gradient=False,
+    ),
     "square-5000": Attack(
         "Square",
         "kaf_study.attacks.square, the first half of the schedule for 10,000 queries",
         "square.Square",
         steps=5000,
         most_steps=10_000,
+        needs_gradient=False,
         arguments={"scheduled": 10_000},
     ),
     "deepfool": Attack(
@@ -154,10 +165,7 @@ ATTACKS = {
         steps=40,
         is_random=False,
     ),
-    # Where the papers and the authors' code differ, this is the papers': Condition 1 of Auto-PGD
-    # is strict and counts x^(1) against x^(0), random starts are not stretched to the radius,
-    # every image has squares of its own, which may touch the last row and column, and FAB ends
-    # with its final search. The schedule of Square is the code's.
+    # Its few departures from the authors' code: README.md, here.
     "autoattack": Attack(
         "AutoAttack",
         "standard AutoAttack (Croce & Hein 2020), each member on what the ones before left",
@@ -183,9 +191,10 @@ ATTACKS = {
 class AttackSettings:
     """What decides the verdict on an image. Defaults: PGD-50-10 at 8/255, as in the reference.
 
-    What is None is the attack's own (`ATTACKS`). steps are queries for "square"; restarts are
-    target classes for "apgd-t". The members of a "suite" run one after the other, each on what the
-    ones before left standing. Labels "predicted" exist for "pgd" and "fgsm".
+    What is None is the attack's own (`ATTACKS`). steps are queries for "square" and "square-5000";
+    restarts are target classes for "apgd-t", "fab-t" and "margin-t". The members of "autoattack",
+    "rapid" and "suite" run one after the other, each on what the ones before left standing. Labels
+    "predicted" exist for "pgd" and "fgsm".
     """
 
     attack: str = "pgd"
@@ -241,6 +250,10 @@ class AttackSettings:
         return ATTACKS[self.attack].is_random
 
     @property
+    def needs_gradient(self) -> bool:
+        return any(ATTACKS[member.attack].needs_gradient for member in self.members)
+
+    @property
     def members(self) -> tuple["AttackSettings", ...]:
         """The attacks that are run, in their order: a suite's, or this one."""
         return tuple(
@@ -270,7 +283,7 @@ class AttackSettings:
         Raises:
             InputError: the model has too few classes.
         """
-        own, classes = ATTACKS[self.attack], classifier.nb_classes
+        own, classes = ATTACKS[self.attack], classifier.classes
         if classes < own.classes:
             raise InputError(
                 f"{self.attack} needs at least {own.classes} classes, the model has {classes}; "

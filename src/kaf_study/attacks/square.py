@@ -11,11 +11,11 @@ image there depends on the others. Here each image draws its own, named by (seed
 
 import numpy as np
 
-from kaf_study.attacks.classifier import CompiledClassifier
+from kaf_study.attacks.classifier import CompiledClassifier, likeliest_other
 from kaf_study.attacks.loop import BatchAttack, per_image, project
 
-INITIAL_FRACTION = 0.8  # p: fraction of the pixels that the first squares cover
-# Queries, of 10,000, after which p is halved (Andriushchenko et al., section 5)
+INITIAL_FRACTION = 0.8  # p: of the pixels that the first squares cover; AutoAttack's p_init
+# Queries, of 10,000, after which p is halved: `p_selection` of the authors' code
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -65,10 +65,8 @@ class Square(BatchAttack):
 
     def look(self, state):
         logits = self.classifier.predict(state["x_adv"], len(state["x_adv"]))
-        others = logits.copy()
-        others[np.arange(len(others)), state["y"]] = -np.inf
-        margin = logits[np.arange(len(logits)), state["y"]] - others.max(axis=-1)
-        return logits, {"margin": margin}
+        y, rows = state["y"], np.arange(len(logits))
+        return logits, {"margin": logits[rows, y] - logits[rows, likeliest_other(logits, y)]}
 
     def propose(self, state, found, iteration):
         is_better = found["margin"] < state["best_margin"]
