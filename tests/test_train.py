@@ -497,6 +497,22 @@ def test_a_second_run_in_a_folder_is_one_line(tiny, tmp_path, capsys):
     assert error.count("\n") == 1 and f"in use by process {os.getpid()} since" in error
 
 
+def test_who_finds_a_folder_finished_leaves_another_its_lock(straight, tmp_path):
+    """The first holds it, to train it anew; to the second it is finished; a third is refused."""
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    folder, settings = ModelFolder(tmp_path), config(**STRAIGHT)
+    with folder.locked():
+        assert train.train(settings, folder.path) == json.loads(folder.record.read_text())
+        with pytest.raises(InputError, match="in use"), folder.locked():
+            pass
+        folder.unfinished.mkdir()
+        with pytest.raises(InputError, match="in use"):
+            train.train(settings, folder.path)
+        assert folder.unfinished.exists()
+    train.train(settings, folder.path)  # now they are what a killed run left
+    assert set(files(folder.path)) == {"model.keras", "training.json", "history.csv"}
+
+
 def test_catastrophic_overfitting_ends_the_run_with_the_good_weights(tiny, tmp_path, monkeypatch):
     script = iter([(0.4, 0.3), (0.9, 0.1), (0.4, 0.3)])  # the last: of the weights that are saved
 

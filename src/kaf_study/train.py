@@ -71,16 +71,17 @@ def train(
     """
     config.check()
     folder = ModelFolder(out)
+    strategy = strategy or tf.distribute.get_strategy()
+    is_chief = distributed.is_chief(strategy)
     if not force and (finished := folder.finished_run(config)):
-        folder.tidy()
+        if is_chief:
+            folder.tidy()
         print(f"{out} is already trained with these settings; --force trains it anew.")
         return finished
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
     training, validation, dataset = images_of(config, data_dir)
-    strategy = strategy or tf.distribute.get_strategy()
-    is_chief = distributed.is_chief(strategy)
     with strategy.scope(), folder.locked() if is_chief else nullcontext():
         network = build_network(config)
         model = build_trainer(network, config, config.epochs * steps_per_epoch(config, training))
