@@ -546,6 +546,8 @@ def test_impossible_images_are_refused(cnn, data):
     for wrong_x, wrong_y in ((x * 255, y), (x[:0], y[:0]), (x, y[:5]), (x, y / 1), (x[0], y)):
         with pytest.raises(InputError):
             evaluate(cnn, wrong_x, wrong_y, QUICK)
+    with pytest.raises(InputError, match="labels count from 0, got -1"):
+        evaluate(cnn, x, y - 1, QUICK)
 
 
 def test_models_that_do_not_fit_are_refused(data):
