@@ -84,11 +84,14 @@ def train(
     training, validation, dataset = images_of(config, data_dir)
     with strategy.scope(), folder.locked() if is_chief else nullcontext():
         network = build_network(config)
+        shapes = shapes_sha256(config.shapes_of) if config.shapes_of else None
         model = build_trainer(network, config, config.epochs * steps_per_epoch(config, training))
         if is_chief:
             folder.start(config, force=force)
         distributed.wait_for_all(strategy)
-        checkpoint = Checkpoint(folder.checkpoint, model, dataset, writes=is_chief)
+        checkpoint = Checkpoint(
+            folder.checkpoint, model, dataset, shapes_sha256=shapes, writes=is_chief
+        )
         if checkpoint.history:
             print(f"Resuming {out} after epoch {len(checkpoint.history)} of {config.epochs}.")
         probe = fit(model, network, config, training, validation, checkpoint, verbose)
@@ -329,8 +332,8 @@ def record_of(
     config: TrainConfig, results: dict[str, Any], dataset: dict[str, Any], checkpoint: Checkpoint
 ) -> dict[str, Any]:
     """training.json (`records.TrainingRecord`), but for the hash of the model's file."""
-    shapes = {"shapes_sha256": shapes_sha256(config.shapes_of)} if config.shapes_of else {}
-    return shapes | {
+    shapes = checkpoint.shapes_sha256
+    return ({"shapes_sha256": shapes} if shapes else {}) | {
         "settings": asdict(config),
         "results": results,
         "dataset": dataset,
