@@ -135,6 +135,9 @@ def test_what_gives_no_shapes_is_refused(source, tmp_path):
         network_of_shapes("resnet20", source)
     with pytest.raises(InputError, match=r"training\.json"):
         network_of_shapes("light_cnn", tmp_path / "nothing")
+    bare = write_training(tmp_path / "bare", training_record(architecture="light_cnn"))
+    with pytest.raises(InputError, match=r"no model\.keras: train it again"):
+        network_of_shapes("light_cnn", bare)
     for activation, reason in (("kaf_free", "moving"), ("relu", "no Kaf")):
         with pytest.raises(InputError, match=reason):
             mean_shapes(build("light_cnn", activation))
