@@ -143,6 +143,9 @@ def test_recipes_are_those_of_the_reference():
         "kaf_swish": (0.0001, 0.8),
         "kaf_free": (0.01, 2),
     }
+    for name in ("thesis", "fast", "adam", "strong"):
+        of_resnets = set(recipe(name, "resnet20", "elu")) - set(recipe(name, "vgg", "elu"))
+        assert of_resnets == {"l2", "kernel_initializer"}
     fast = recipe("fast", "resnet20", "kaf")
     assert fast["momentum"] == 0.9 and fast["lr_max"] < 0.8
     assert recipe("adam", "light_cnn", "kaf")["optimizer"] == "adam"
@@ -671,7 +674,7 @@ def test_weights_that_are_not_finite_are_never_kept(tiny, tmp_path):
         ("--activation kaf --dictionary-size 1000000", "dictionary_size lies in"),
         ("--dictionary-size 10", "dictionary_size is for KAFs"),
         ("--kernel-initializer he_normal", "kernel_initializer is for ResNets"),
-        ("--l2 0.1", "--l2 changes nothing"),
+        ("--l2 0.1", "l2 is for ResNets"),
         ("--epsilon 0 --alpha 2", "--alpha changes nothing"),
         ("--data-dir /tmp", "--data-dir changes nothing"),
         ("--noise -1", "noise lies in 0 to 100"),
@@ -833,6 +836,7 @@ def kwta_ratios(model):
         ({"ema_momentum": 1.0}, "ema_momentum lies in"),
         ({"dictionary_size": 1}, "dictionary_size lies in 2 to"),
         ({"kwta_anneal_from": 1}, "kwta_anneal_from is for kwta"),
+        ({"architecture": "vgg", "l2": 1.0}, "l2 is for ResNets"),
         ({"kwta_anneal_every": 0}, "kwta_anneal_every lies in 1 to"),
         ({"seed": 1.5}, "other types.*seed"),
         ({"epochs": True}, "other types.*epochs"),

@@ -22,7 +22,7 @@ from kaf_study import InputError, called_as, distributed, run_command
 from kaf_study.activations import WITHOUT_CURVATURE
 from kaf_study.architectures import build
 from kaf_study.checkpoint import Checkpoint
-from kaf_study.config import DICTIONARY_SIZE, TrainConfig, config_of, parse, recipe
+from kaf_study.config import DICTIONARY_SIZE, TrainConfig, config_of, is_resnet, parse, recipe
 from kaf_study.curvature import CurvatureProbe
 from kaf_study.datasets import batches, class_names, fingerprint, is_augmentable, load
 from kaf_study.fused_layers import fused
@@ -129,7 +129,7 @@ def images_of(
 def build_network(config: TrainConfig) -> keras.Model:
     """The network to be trained, of Keras' own layers (and Kaf)."""
     kwargs: dict[str, Any] = {}
-    if config.architecture.startswith("resnet"):
+    if is_resnet(config.architecture):
         kwargs = {"l2": config.l2, "kernel_initializer": config.kernel_initializer}
     if config.shapes_of is not None:
         return network_of_shapes(config.architecture, config.shapes_of, **kwargs)
@@ -205,7 +205,7 @@ def steps_per_epoch(config: TrainConfig, training: Images) -> int:
 
 def epoch_batches(config: TrainConfig, training: Images, epoch: int) -> tf.data.Dataset:
     """The batches of one epoch, from 0; labels are one-hot where they are to be smoothed."""
-    augment = is_augmentable(config.dataset) and config.architecture.startswith("resnet")
+    augment = is_augmentable(config.dataset) and is_resnet(config.architecture)
     of_epoch = batches(
         *training, batch_size=config.batch_size, seed=config.seed, epoch=epoch, augment=augment
     )
