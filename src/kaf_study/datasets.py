@@ -43,6 +43,7 @@ CIFAR10_CLASSES = (
 CIFAR10_FOLDER = "cifar-10-batches-py"
 CIFAR10_TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 CIFAR10_TEST_FILE = "test_batch"
+CIFAR10_FILES = (*CIFAR10_TRAIN_FILES, CIFAR10_TEST_FILE)
 CIFAR10_WAYS = (
     f"To provide CIFAR-10, give its folder {CIFAR10_FOLDER} with --data-dir or CIFAR10_DIR, "
     "or put it into Keras' cache (~/.keras/datasets), or connect to the network and let Keras "
@@ -240,7 +241,8 @@ def _find_cifar10(data_dir):
     keras_home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     for cached in (CIFAR10_CACHE, ""):  # Keras 3; Keras 2
         folder = keras_home / "datasets" / cached / CIFAR10_FOLDER
-        if folder.is_dir():
+        # An extraction that was interrupted leaves fewer: the download below repeats it.
+        if all((folder / name).is_file() for name in CIFAR10_FILES):
             return folder
     return _download_cifar10()
 
