@@ -568,7 +568,7 @@ def attack(quick, arguments):
     folder = arguments.model or default_model()
     with open_model(str(folder)) as opened:
         dataset = opened.dataset or "cifar10"
-        _, _, (x, y) = datasets.load(dataset, data_dir=arguments.data_dir)
+        x, y = datasets.load_test(dataset, data_dir=arguments.data_dir)
         model = opened.model
         section = {
             "model": opened.name,

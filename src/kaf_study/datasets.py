@@ -70,7 +70,30 @@ def load(name: str, data_dir: str | Path | None = None) -> tuple[Split, Split, S
         train, validation, test: each (x, y) with x (N, 32, 32, 3) float32 in [0, 1], y (N,) int64.
     """
     _check_name(name)
-    return _load_cifar10(data_dir) if name == "cifar10" else _load_digits()
+    if name == "digits":
+        return _load_digits()
+    folder = _find_cifar10(data_dir)
+    pixels, labels, train, validation = _read_cifar10_training(folder)
+    return (
+        (_to_images(pixels[train]), labels[train]),
+        (_to_images(pixels[validation]), labels[validation]),
+        _cifar10_test(folder),
+    )
+
+
+def load_validation(name: str, data_dir: str | Path | None = None) -> Split:
+    """The validation split of `load` alone, without the images to train on."""
+    _check_name(name)
+    if name == "digits":
+        return _load_digits()[1]
+    pixels, labels, _, validation = _read_cifar10_training(_find_cifar10(data_dir))
+    return _to_images(pixels[validation]), labels[validation]
+
+
+def load_test(name: str, data_dir: str | Path | None = None) -> Split:
+    """The test split of `load` alone: one of six files is read."""
+    _check_name(name)
+    return _load_digits()[2] if name == "digits" else _cifar10_test(_find_cifar10(data_dir))
 
 
 def class_names(name: str) -> tuple[str, ...]:
@@ -210,20 +233,20 @@ def _load_digits():
 # CIFAR-10
 
 
-def _load_cifar10(data_dir):
-    folder = _find_cifar10(data_dir)
+def _read_cifar10_training(folder):
+    """Pixels and labels of the five files, and the positions of train and validation in them."""
     parts = [_read_cifar10_file(folder / name) for name in CIFAR10_TRAIN_FILES]
     pixels = np.concatenate([part[0] for part in parts])
     labels = np.concatenate([part[1] for part in parts])
     order = np.random.default_rng(SPLIT_SEED).permutation(len(pixels))
     validation = np.sort(order[:CIFAR10_VALIDATION])
     train = np.sort(order[CIFAR10_VALIDATION:])
-    test_pixels, test_labels = _read_cifar10_file(folder / CIFAR10_TEST_FILE)
-    return (
-        (_to_images(pixels[train]), labels[train]),
-        (_to_images(pixels[validation]), labels[validation]),
-        (_to_images(test_pixels), test_labels),
-    )
+    return pixels, labels, train, validation
+
+
+def _cifar10_test(folder):
+    pixels, labels = _read_cifar10_file(folder / CIFAR10_TEST_FILE)
+    return _to_images(pixels), labels
 
 
 def _to_images(pixels):
