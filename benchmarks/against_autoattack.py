@@ -33,7 +33,7 @@ def export(folder: Path, file: Path, n: int) -> None:
     import kaf_study  # noqa: F401, I001 - first: it sets what TensorFlow reads
     import keras
 
-    from kaf_study.datasets import load
+    from kaf_study.datasets import load_test
 
     model = keras.saving.load_model(folder / "model.keras", compile=False)
     arrays = {}
@@ -43,7 +43,7 @@ def export(folder: Path, file: Path, n: int) -> None:
         for i, layer in enumerate(layers):
             for weight in layer.weights:
                 arrays[f"{kind}/{i}/{weight.name}"] = keras.ops.convert_to_numpy(weight)
-    x, y = (part[:n] for part in load("cifar10")[2])
+    x, y = (part[:n] for part in load_test("cifar10"))
     logits = np.concatenate(
         [np.array(model(x[i : i + 100], training=False)) for i in range(0, n, 100)]
     )

@@ -26,7 +26,8 @@ import numpy as np
 
 from kaf_study import CommandParser, InputError, run_command
 from kaf_study.cards import put_table_into
-from kaf_study.records import hardware, make_writable, versions, write_atomically
+from kaf_study.files import make_writable
+from kaf_study.records import hardware, versions, write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
@@ -37,13 +38,15 @@ SECTIONS = ("layer", "backends", "step", "gradient", "attack")
 # --------------------------------------------------------------------------- measuring
 
 
-def alternate(sides, rounds, *, warm_up=2, least=0.002):
+LEAST_SECONDS = 0.002  # whatever is shorter is called several times in a row, and divided
+
+
+def alternate(sides, rounds, *, warm_up=2):
     """Calls the sides in turn and takes the time.
 
     Args:
         sides: {name: function without arguments that returns when its work is done}.
         rounds: how often each is measured.
-        least: seconds; whatever is shorter is called several times in a row, and divided.
 
     Returns:
         {name: {"first": seconds of the first call, "seconds": [one for each round]}}.
@@ -53,7 +56,7 @@ def alternate(sides, rounds, *, warm_up=2, least=0.002):
     for name, side in sides.items():
         for _ in range(warm_up):
             seconds = _seconds(side)
-        calls[name] = max(1, int(least / seconds)) if warm_up else 1
+        calls[name] = max(1, int(LEAST_SECONDS / seconds)) if warm_up else 1
     for _ in range(rounds):
         for name, side in sides.items():
             began = time.perf_counter()
@@ -100,7 +103,7 @@ def print_table(title, times, *, to):
     print(f"  {'':28}{'median ms':>11}{'quartiles':>20}{f'/ {to}':>14}{'first call s':>14}")
     for name, row in statistics(times).items():
         low, high = row["quartiles_ms"]
-        relative = ratio(times, name, to)["median"] if to in times else float("nan")
+        relative = ratio(times, name, to)["median"]
         print(
             f"  {name:28}{row['median_ms']:11.4g}{f'{low:.4g} - {high:.4g}':>20}{relative:14.3g}"
             f"{row['first_call_s']:14.3g}",
@@ -568,7 +571,7 @@ def attack(quick, arguments):
     folder = arguments.model or default_model()
     with open_model(str(folder)) as opened:
         dataset = opened.dataset or "cifar10"
-        _, _, (x, y) = datasets.load(dataset, data_dir=arguments.data_dir)
+        x, y = datasets.load_test(dataset, data_dir=arguments.data_dir)
         model = opened.model
         section = {
             "model": opened.name,
@@ -888,7 +891,7 @@ def run(arguments):
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - began),
         }
-        write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+        write_json(out, results)
     if arguments.section == "all":
         print(f"\n{end_point_table(results)}")
     print(f"\n{out}")

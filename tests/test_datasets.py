@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def cifar10(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (120, 3072), dtype=np.uint8)
     y = rng.integers(0, 10, 120)
-    for i, name in enumerate((*datasets.CIFAR10_TRAIN_FILES, datasets.CIFAR10_TEST_FILE)):
+    for i, name in enumerate(datasets.CIFAR10_FILES):
         part = slice(20 * i, 20 * i + 20)
         write_batch(folder / name, x[part], y[part].tolist(), style=i)
     return folder, x, y
@@ -244,6 +245,40 @@ def test_keras_cache_is_used(cifar10, inside):
     cache.mkdir(parents=True)
     folder.rename(cache / folder.name)
     assert len(datasets.load("cifar10")[2][0]) == 20
+
+
+def test_an_incomplete_cache_is_downloaded_again(cifar10, monkeypatch):
+    folder, _, _ = cifar10
+    cache = Path(os.environ["KERAS_HOME"]) / "datasets" / datasets.CIFAR10_CACHE
+    (cache / folder.name).mkdir(parents=True)
+    shutil.copy(folder / "test_batch", cache / folder.name)
+
+    def downloaded(*, fname, **how):
+        shutil.copytree(folder, cache / folder.name, dirs_exist_ok=True)
+        return str(cache.parent / fname)
+
+    monkeypatch.setattr(datasets.keras.utils, "get_file", downloaded)
+    assert [len(x) for x, _ in datasets.load("cifar10")] == [90, 10, 20]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "digits"])
+def test_one_split_is_that_of_all(cifar10, monkeypatch, name):
+    monkeypatch.setenv("CIFAR10_DIR", str(cifar10[0]))
+    _, *expected = datasets.load(name)
+    splits = datasets.load_validation(name), datasets.load_test(name)
+    for split, same in zip(splits, expected, strict=True):
+        assert datasets.fingerprint(*split) == datasets.fingerprint(*same)
+
+
+def test_an_evaluation_reads_the_test_images_alone(cifar10):
+    folder, _, _ = cifar10
+    for name in datasets.CIFAR10_TRAIN_FILES:
+        (folder / name).unlink()
+    x, y = datasets.load_test("cifar10", folder)
+    assert x.shape == (20, 32, 32, 3) and y.shape == (20,)
+    with pytest.raises(InputError) as error:
+        datasets.load_test("cifar10", folder / "nowhere")
+    assert_one_line_with_the_ways(error, "nowhere")
 
 
 def assert_one_line_with_the_ways(error, *parts):
@@ -339,7 +374,13 @@ def test_a_hostile_pickle_runs_no_code(cifar10, tmp_path, protocol):
 
 
 def test_unknown_datasets_list_the_known_ones():
-    for function in (datasets.load, datasets.class_names, datasets.is_augmentable):
+    for function in (
+        datasets.load,
+        datasets.load_validation,
+        datasets.load_test,
+        datasets.class_names,
+        datasets.is_augmentable,
+    ):
         with pytest.raises(InputError, match="cifar10, digits"):
             function("mnist")
 

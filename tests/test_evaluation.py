@@ -1,6 +1,7 @@
 """The evaluator reports what is true: on models whose robust accuracy is known, it is that."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kaf_study import InputError, evaluation, result_files
 from kaf_study.attacks.classifier import CompiledClassifier
 from kaf_study.attacks.registry import ATTACKS, AttackSettings
 from kaf_study.evaluation import Execution, Subject, evaluate
+from kaf_study.files import locked
 from kaf_study.result_files import ImageSet, evaluate_saved
 from kaf_study.saved_models import open_model
 
@@ -420,6 +422,35 @@ def test_finished_result_is_read_unless_forced(saved, data):
     assert len(forced.steps) == len(first.steps)
 
 
+def test_a_finished_result_that_is_being_repeated_is_left_alone(saved, data):
+    """Its partial state is the other process', whatever was finished before."""
+    result = run_saved(saved, data)
+    partial = saved / "robustness" / f".{result.stem}.partial.npz"
+    with locked(partial.with_name(f".{result.stem}.lock")):
+        partial.write_bytes(b"of the other process")
+        with pytest.raises(InputError, match="in use by process"):
+            run_saved(saved, data)
+        assert partial.exists()
+    run_saved(saved, data)
+    assert not partial.exists()  # of nobody
+
+
+def test_a_result_that_finishes_meanwhile_is_not_attacked_anew(saved, data, monkeypatch):
+    path = saved / "robustness" / f"{run_saved(saved, data).stem}.json"
+    hidden = path.rename(path.with_suffix(".hidden"))
+
+    @contextmanager
+    def locked_late(lock):
+        with locked(lock):
+            hidden.rename(path)  # the other process finished just before it let go
+            yield
+
+    monkeypatch.setattr(result_files, "locked", locked_late)
+    watch = Watch()
+    run_saved(saved, data, watch)
+    assert not watch.steps and "finished before" in watch.said[0]
+
+
 def test_result_of_another_model_is_not_overwritten(saved, cnn, data):
     run_saved(saved, data)
     x, y = data
@@ -532,6 +563,8 @@ def test_impossible_images_are_refused(cnn, data):
     for wrong_x, wrong_y in ((x * 255, y), (x[:0], y[:0]), (x, y[:5]), (x, y / 1), (x[0], y)):
         with pytest.raises(InputError):
             evaluate(cnn, wrong_x, wrong_y, QUICK)
+    with pytest.raises(InputError, match="labels count from 0, got -1"):
+        evaluate(cnn, x, y - 1, QUICK)
 
 
 def test_models_that_do_not_fit_are_refused(data):

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow.python.saved_model import revived_types
 
 from kaf_study import InputError
-from kaf_study.datasets import load
+from kaf_study.datasets import load_test
 from kaf_study.saved_models import logits_of, open_model, unpack
 from kaf_study.saved_models.graphs import DERIVED, KEPT_GRADIENTS, NOT_FROZEN, RAISED, Graph
 from kaf_study.saved_models.original import TWIN
@@ -303,7 +303,7 @@ def test_original_networks_open_and_agree_with_their_own_serving_default(tmp_pat
 def test_what_float16_does_to_an_original_network_is_as_recorded(name, tmp_path):
     if not os.environ.get("CIFAR10_DIR"):
         pytest.skip("CIFAR10_DIR is not set")
-    *_, (images, _) = load("cifar10")
+    images, _ = load_test("cifar10")
     archive = ORIGINAL / f"{name}.zip"
     unpack(archive, tmp_path)
     half = served(next(tmp_path.iterdir()))

@@ -1,5 +1,7 @@
 """The triangular cycle has its shape; the range test measures, suggests, and leaves no trace."""
 
+import tracemalloc
+
 import keras
 import matplotlib
 import numpy as np
@@ -445,6 +447,31 @@ def test_an_endless_dataset_needs_steps():
 
 
 # --- suggestion
+
+
+def under_gaussian(losses):
+    """The mean of all losses under a Gaussian around each, in N x N numbers."""
+    width = max(1.0, 0.02 * len(losses))
+    position = np.arange(len(losses))
+    window = np.exp(-0.5 * ((position[:, None] - position) / width) ** 2)
+    return window @ losses / window.sum(axis=1)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30, 1000])
+def test_losses_are_smoothed_by_a_gaussian_cut_off_where_it_is_nothing(steps):
+    losses = np.random.default_rng(0).uniform(0, 3, steps)
+    result = LRFinderResult(np.geomspace(1e-4, 1, steps), losses, diverged=False)
+    np.testing.assert_allclose(result.smoothed, under_gaussian(losses), rtol=1e-13)
+
+
+def test_a_long_test_is_smoothed_in_little_memory():
+    losses = np.ones(30_000)
+    tracemalloc.start()
+    smoothed = LRFinderResult(losses, losses, diverged=False).smoothed
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * losses.nbytes
+    np.testing.assert_allclose(smoothed, 1, rtol=1e-13)
 
 
 def test_the_suggestion_lies_where_the_fall_begins_and_ends():

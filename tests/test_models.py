@@ -91,7 +91,7 @@ def test_a_stored_result_is_reproduced(model):
         pytest.skip("not attacked by PGD-50-10")
     if not os.environ.get("CIFAR10_DIR"):
         pytest.skip("CIFAR10_DIR is not set")
-    _, _, (x, y) = datasets.load("cifar10")
+    x, y = datasets.load_test("cifar10")
     stored = Evaluation.read(path)
     if (
         datasets.fingerprint(x[: len(stored.images)], y[: len(stored.images)])

@@ -20,7 +20,7 @@ from kaf_study.records import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, CLASSES = (32, 32, 3), 10
-REAL_LOAD = datasets.load
+REAL_LOAD = datasets.load_test
 QUICK = ["--n", "24", "--steps", "3", "--restarts", "2"]
 
 
@@ -30,7 +30,7 @@ def toy_data(monkeypatch):
     y = np.arange(30) % CLASSES
     x = np.full((30, *SHAPE), 0.4, "float32")
     x[np.arange(30), y] += 0.1
-    monkeypatch.setattr(datasets, "load", lambda name, data_dir=None: ((x, y),) * 3)
+    monkeypatch.setattr(datasets, "load_test", lambda name, data_dir=None: (x, y))
 
 
 def linear(shape=SHAPE, classes=CLASSES, activation=None):
@@ -115,7 +115,7 @@ def test_attacked_images_and_examples_are_kept_on_demand(folder, capsys):
     assert "attacked again" in capsys.readouterr().out
     with np.load(images) as kept:
         offset = kept["offset"]
-    assert offset.shape == datasets.load("digits")[2][0][:24].shape
+    assert offset.shape == datasets.load_test("digits")[0][:24].shape
     assert 19 / 255 < np.abs(offset).max() <= 20 / 255 + 1e-6
     assert picture.read_bytes().startswith(b"\x89PNG")
     # With the images kept, the figure needs no attack.
@@ -284,7 +284,7 @@ def test_results_that_would_mix_end_in_one_line(folder, tmp_path, capsys):
 
 
 def test_missing_data_ends_in_one_line(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(datasets, "load", REAL_LOAD)
+    monkeypatch.setattr(datasets, "load_test", REAL_LOAD)
     missing = tmp_path / "nowhere"
     message = failing(capsys, folder, *QUICK, "--dataset", "cifar10", "--data-dir", missing)
     assert "--data-dir" in message
@@ -329,7 +329,7 @@ def test_killed_attack_resumes(folder, tmp_path, monkeypatch, capsys):
     assert process.returncode == -signal.SIGKILL
     assert [p.name for p in results.iterdir() if not p.name.startswith(".")] == []
 
-    monkeypatch.setattr(datasets, "load", REAL_LOAD)
+    monkeypatch.setattr(datasets, "load_test", REAL_LOAD)
     assert command.main([str(folder), *arguments]) == 0
     assert "resumed" in capsys.readouterr().out
     assert not partial.exists()

@@ -143,6 +143,9 @@ def test_recipes_are_those_of_the_reference():
         "kaf_swish": (0.0001, 0.8),
         "kaf_free": (0.01, 2),
     }
+    for name in ("thesis", "fast", "adam", "strong"):
+        of_resnets = set(recipe(name, "resnet20", "elu")) - set(recipe(name, "vgg", "elu"))
+        assert of_resnets == {"l2", "kernel_initializer"}
     fast = recipe("fast", "resnet20", "kaf")
     assert fast["momentum"] == 0.9 and fast["lr_max"] < 0.8
     assert recipe("adam", "light_cnn", "kaf")["optimizer"] == "adam"
@@ -497,6 +500,22 @@ def test_a_second_run_in_a_folder_is_one_line(tiny, tmp_path, capsys):
     assert error.count("\n") == 1 and f"in use by process {os.getpid()} since" in error
 
 
+def test_who_finds_a_folder_finished_leaves_another_its_lock(straight, tmp_path):
+    """The first holds it, to train it anew; to the second it is finished; a third is refused."""
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    folder, settings = ModelFolder(tmp_path), config(**STRAIGHT)
+    with folder.locked():
+        assert train.train(settings, folder.path) == json.loads(folder.record.read_text())
+        with pytest.raises(InputError, match="in use"), folder.locked():
+            pass
+        folder.unfinished.mkdir()
+        with pytest.raises(InputError, match="in use"):
+            train.train(settings, folder.path)
+        assert folder.unfinished.exists()
+    train.train(settings, folder.path)  # now they are what a killed run left
+    assert set(files(folder.path)) == {"model.keras", "training.json", "history.csv"}
+
+
 def test_catastrophic_overfitting_ends_the_run_with_the_good_weights(tiny, tmp_path, monkeypatch):
     script = iter([(0.4, 0.3), (0.9, 0.1), (0.4, 0.3)])  # the last: of the weights that are saved
 
@@ -633,7 +652,8 @@ def test_weights_that_are_not_finite_are_never_kept(tiny, tmp_path):
         ("--dataset mnist", "Unknown dataset 'mnist'"),
         ("--activation tanhh", "Unknown activation 'tanhh'"),
         ("--activation tanhh --recipe thesis --architecture vgg", "Unknown activation 'tanhh'"),
-        ("--architecture resnet21", "Unknown architecture 'resnet21'"),
+        ("--architecture resnet21", "depth 6n + 2, from 8 to 1202; received depth=21"),
+        ("--architecture wrn", "Unknown architecture 'wrn'"),
         ("--recipe slow", "Unknown recipe 'slow'"),
         ("--epochs 0", "epochs lies in 1 to"),
         ("--batch-size 0", "batch_size lies in 1 to"),
@@ -655,7 +675,7 @@ def test_weights_that_are_not_finite_are_never_kept(tiny, tmp_path):
         ("--activation kaf --dictionary-size 1000000", "dictionary_size lies in"),
         ("--dictionary-size 10", "dictionary_size is for KAFs"),
         ("--kernel-initializer he_normal", "kernel_initializer is for ResNets"),
-        ("--l2 0.1", "--l2 changes nothing"),
+        ("--l2 0.1", "l2 is for ResNets"),
         ("--epsilon 0 --alpha 2", "--alpha changes nothing"),
         ("--data-dir /tmp", "--data-dir changes nothing"),
         ("--noise -1", "noise lies in 0 to 100"),
@@ -817,6 +837,7 @@ def kwta_ratios(model):
         ({"ema_momentum": 1.0}, "ema_momentum lies in"),
         ({"dictionary_size": 1}, "dictionary_size lies in 2 to"),
         ({"kwta_anneal_from": 1}, "kwta_anneal_from is for kwta"),
+        ({"architecture": "vgg", "l2": 1.0}, "l2 is for ResNets"),
         ({"kwta_anneal_every": 0}, "kwta_anneal_every lies in 1 to"),
         ({"seed": 1.5}, "other types.*seed"),
         ({"epochs": True}, "other types.*epochs"),

@@ -1,6 +1,7 @@
 """Frozen learned shapes: the mean of what was learned, and nothing trains them."""
 
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -78,6 +79,45 @@ def test_training_leaves_the_shapes_and_moves_the_rest(source, tmp_path):
     assert again == config
 
 
+@pytest.fixture
+def changing(source, tmp_path):
+    """A copy of the source, whose network may change."""
+    return shutil.copytree(source, tmp_path / "source")
+
+
+def retrain(folder):
+    """Another network takes the place of the one in the folder."""
+    model = keras.models.load_model(folder / "model.keras")
+    for layer in kafs(model):
+        layer.alpha.assign(-layer.alpha)
+    model.save(folder / "model.keras")
+
+
+def test_the_hash_is_of_the_network_the_shapes_were_taken_from(changing, tmp_path, monkeypatch):
+    before = file_sha256(changing / "model.keras")
+
+    def fit(*arguments):
+        retrain(changing)
+        return trained(*arguments)
+
+    trained = train.fit
+    monkeypatch.setattr(train, "fit", fit)
+    record = train.train(frozen(changing), tmp_path / "net", verbose=0)
+    assert record["shapes_sha256"] == before != file_sha256(changing / "model.keras")
+
+
+def test_a_run_is_not_resumed_with_the_shapes_of_another_network(changing, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "measured", interrupted)
+        train.train(frozen(changing), tmp_path / "net", verbose=0)
+    retrain(changing)
+    with pytest.raises(InputError, match="shapes of another network"):
+        train.train(frozen(changing), tmp_path / "net", verbose=0)
+
+
 def test_the_command_takes_a_folder(source):
     options = ["--dataset", "digits", "--architecture", "light_cnn", "--out", "x"]
     options += ["--activation", "kaf_frozen", "--shapes-of", str(source)]
@@ -95,6 +135,9 @@ def test_what_gives_no_shapes_is_refused(source, tmp_path):
         network_of_shapes("resnet20", source)
     with pytest.raises(InputError, match=r"training\.json"):
         network_of_shapes("light_cnn", tmp_path / "nothing")
+    bare = write_training(tmp_path / "bare", training_record(architecture="light_cnn"))
+    with pytest.raises(InputError, match=r"no model\.keras: train it again"):
+        network_of_shapes("light_cnn", bare)
     for activation, reason in (("kaf_free", "moving"), ("relu", "no Kaf")):
         with pytest.raises(InputError, match=reason):
             mean_shapes(build("light_cnn", activation))

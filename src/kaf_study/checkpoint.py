@@ -28,6 +28,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     Args:
         dataset: dict that names the training images; a checkpoint of other images is refused.
+        shapes_sha256: of the network whose learned shapes this one has; one of others is refused.
         writes: whether this process keeps the file; of several workers one does.
 
     Attributes:
@@ -37,11 +38,18 @@ class Checkpoint(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, path: Path, model: keras.Model, dataset: dict[str, Any], *, writes: bool = True
+        self,
+        path: Path,
+        model: keras.Model,
+        dataset: dict[str, Any],
+        *,
+        shapes_sha256: str | None = None,
+        writes: bool = True,
     ):
         super().__init__()
         self.path = path
         self.dataset = dataset
+        self.shapes_sha256 = shapes_sha256
         self.writes = writes
         self.history: list[dict[str, float]] = []
         self.stopped: int | None = None
@@ -52,6 +60,11 @@ class Checkpoint(keras.callbacks.Callback):
                 raise InputError(
                     f"{path} is of a run on other images of {dataset['name']}. Give the "
                     "--data-dir it was begun with, name another --out, or --force to start anew."
+                )
+            if state.get("shapes_sha256", shapes_sha256) != shapes_sha256:
+                raise InputError(
+                    f"{path} is of a run with the shapes of another network than shapes_of now "
+                    "holds. Restore that network, name another --out, or --force to start anew."
                 )
             variables = self._variables(model)
             if [v.shape for v in values] != [tuple(v.shape) for v in variables]:

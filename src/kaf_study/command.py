@@ -272,7 +272,7 @@ def opened(
     names = {_dataset(model, arguments) for model in models}
     if arguments.data_dir is not None and "cifar10" not in names:
         raise InputError(f"--data-dir is for cifar10, not for {', '.join(names)}; leave it out")
-    tests = {name: datasets.load(name, data_dir=arguments.data_dir)[2] for name in names}
+    tests = {name: datasets.load_test(name, data_dir=arguments.data_dir) for name in names}
     for model in models:
         model.refuse_other_range(*tests[_dataset(model, arguments)])  # however few are attacked
     return models, {name: first_images(name, *test, arguments) for name, test in tests.items()}

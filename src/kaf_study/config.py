@@ -29,39 +29,44 @@ COUNTS = {
 }
 
 
+def is_resnet(architecture: str) -> bool:
+    return architecture.startswith("resnet")
+
+
 def recipe(name: str, architecture: str, activation: str) -> dict[str, Any]:
     """Settings of the training: "fast" (few epochs; momentum), "thesis" (SGD without), "adam",
     or "strong" (N-FGSM, and what has been found since to help one-step training).
 
-    The light CNNs are trained with Adam: there a KAF from a random start, whose outputs are small
-    and reach the logits through no batch norm, does not leave chance level under SGD.
+    "adam" is for the light CNNs: there a KAF from a random start, whose outputs are small and reach
+    the logits through no batch norm, does not leave chance level under SGD.
 
     Returns optimizer, lr_start, lr_min, lr_max, lr_peak, momentum, ema_momentum and, of the
     ResNets, l2 and kernel_initializer (the other networks have their own); of "strong" also
     settings that the others leave at their defaults.
     """
-    common = {
-        "lr_start": 0.0,
-        "lr_peak": 0.5,
-        "kernel_initializer": "glorot_uniform",
-        "ema_momentum": None,
-    }
+    common = {"lr_start": 0.0, "lr_peak": 0.5, "ema_momentum": None}
+
+    def of_resnet(l2):
+        if not is_resnet(architecture):
+            return {}
+        return {"l2": l2, "kernel_initializer": "glorot_uniform"}
+
     if name == "thesis":
         lr_min, lr_max = 0.01, 0.8
         if architecture == "vgg" and activation in STUDIED:  # an unknown one is refused later
             lr_min, lr_max = STUDIED[activation].thesis_vgg_bounds or (0.0001, 0.1)
         rates = {"lr_min": lr_min, "lr_max": lr_max}
-        return common | rates | {"optimizer": "sgd", "momentum": 0.0, "l2": 5e-4}
+        return common | rates | {"optimizer": "sgd", "momentum": 0.0} | of_resnet(5e-4)
     if name == "fast":
         # From lr_min a ReLU network overfits to the one-step attack before its rate has risen.
         rates = {"lr_start": 0.25, "lr_min": 0.002, "lr_max": 0.2}
-        return common | rates | {"optimizer": "sgd", "momentum": 0.9, "l2": 2.5e-4}
+        return common | rates | {"optimizer": "sgd", "momentum": 0.9} | of_resnet(2.5e-4)
     if name == "adam":
         rates = {"lr_min": 1e-4, "lr_max": 0.01}
-        return common | rates | {"optimizer": "adam", "momentum": 0.9, "l2": 2.5e-4}
+        return common | rates | {"optimizer": "adam", "momentum": 0.9} | of_resnet(2.5e-4)
     if name == "strong":
         rates = {"lr_min": 0.0, "lr_max": 0.2, "lr_peak": 0.25}
-        sgd = {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "l2": 2.5e-4}
+        sgd = {"optimizer": "sgd", "momentum": 0.9, "nesterov": True} | of_resnet(2.5e-4)
         mean = {"ema_momentum": 0.995, "ema_warm": True}
         return common | rates | sgd | mean | {"label_smoothing": 0.1} | N_FGSM
     raise InputError(f"Unknown recipe {name!r}. Choose one of: fast, thesis, adam, strong.")
@@ -164,7 +169,8 @@ class TrainConfig:
             ("ema_warm", has_warm_mean, "for sgd, together with ema_momentum"),
             ("dictionary_size", is_trained_kaf(self.activation), "for KAFs that are trained"),
             ("shapes_of", self.activation == "kaf_frozen", "for kaf_frozen"),
-            ("kernel_initializer", self.architecture.startswith("resnet"), "for ResNets"),
+            ("l2", is_resnet(self.architecture), "for ResNets"),
+            ("kernel_initializer", is_resnet(self.architecture), "for ResNets"),
             ("kwta_anneal_from", is_kwta and begins, "for kwta, an epoch before the last"),
             ("kwta_anneal_every", is_kwta and begins, "together with kwta_anneal_from"),
         ):
@@ -226,7 +232,6 @@ def config_of(args: argparse.Namespace) -> TrainConfig:
     """TrainConfig from the command line; 255ths become fractions here, and only here."""
     unused = {
         "--alpha": args.alpha is not None and args.epsilon == 0,
-        "--l2": args.l2 is not None and not args.architecture.startswith("resnet"),
         "--data-dir": args.data_dir is not None and args.dataset == "digits",
     }
     for option, is_unused in unused.items():

@@ -43,6 +43,7 @@ CIFAR10_CLASSES = (
 CIFAR10_FOLDER = "cifar-10-batches-py"
 CIFAR10_TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 CIFAR10_TEST_FILE = "test_batch"
+CIFAR10_FILES = (*CIFAR10_TRAIN_FILES, CIFAR10_TEST_FILE)
 CIFAR10_WAYS = (
     f"To provide CIFAR-10, give its folder {CIFAR10_FOLDER} with --data-dir or CIFAR10_DIR, "
     "or put it into Keras' cache (~/.keras/datasets), or connect to the network and let Keras "
@@ -53,7 +54,7 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CIFAR10_CACHE = "cifar-10-batches-py-target"
 
-PAD = 4  # random crop out of an image padded by 4, He et al. 2016
+PAD = 4  # pixels of zeros on each side of an image that is cropped at random, He et al. 2016
 
 
 def load(name: str, data_dir: str | Path | None = None) -> tuple[Split, Split, Split]:
@@ -69,7 +70,30 @@ def load(name: str, data_dir: str | Path | None = None) -> tuple[Split, Split, S
         train, validation, test: each (x, y) with x (N, 32, 32, 3) float32 in [0, 1], y (N,) int64.
     """
     _check_name(name)
-    return _load_cifar10(data_dir) if name == "cifar10" else _load_digits()
+    if name == "digits":
+        return _load_digits()
+    folder = _find_cifar10(data_dir)
+    pixels, labels, train, validation = _read_cifar10_training(folder)
+    return (
+        (_to_images(pixels[train]), labels[train]),
+        (_to_images(pixels[validation]), labels[validation]),
+        _cifar10_test(folder),
+    )
+
+
+def load_validation(name: str, data_dir: str | Path | None = None) -> Split:
+    """The validation split of `load` alone, without the images to train on."""
+    _check_name(name)
+    if name == "digits":
+        return _load_digits()[1]
+    pixels, labels, _, validation = _read_cifar10_training(_find_cifar10(data_dir))
+    return _to_images(pixels[validation]), labels[validation]
+
+
+def load_test(name: str, data_dir: str | Path | None = None) -> Split:
+    """The test split of `load` alone: one of six files is read."""
+    _check_name(name)
+    return _load_digits()[2] if name == "digits" else _cifar10_test(_find_cifar10(data_dir))
 
 
 def class_names(name: str) -> tuple[str, ...]:
@@ -160,7 +184,7 @@ def batches(
     return dataset.prefetch(2)
 
 
-def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor, pad: int = PAD) -> tf.Tensor:
+def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Random crop out of the zero-padded image, and a horizontal flip of every second one.
 
     The crop and the flip are index arithmetic on whole batches: rows are gathered, then columns,
@@ -169,7 +193,6 @@ def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor, pad: int = PAD) -> 
     Args:
         images: (B, H, W, C).
         seed: two integers; the same seed gives the same crops and flips.
-        pad: pixels of zeros on each side; 2 * pad + 1 offsets per axis.
 
     Returns:
         (B, H, W, C)
@@ -177,14 +200,14 @@ def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor, pad: int = PAD) -> 
     batch, height, width = tf.unstack(tf.shape(images)[:3])
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
     offset = tf.random.stateless_uniform(
-        (batch, 2), crop_seed, minval=0, maxval=2 * pad + 1, dtype=tf.int32
+        (batch, 2), crop_seed, minval=0, maxval=2 * PAD + 1, dtype=tf.int32
     )
     is_flipped = tf.random.stateless_uniform((batch, 1), flip_seed) < 0.5
     column = tf.range(width)
     rows = offset[:, :1] + tf.range(height)  # (B, H)
     columns = offset[:, 1:] + tf.where(is_flipped, column[::-1], column)  # (B, W)
-    padded = tf.pad(images, [[0, 0], [pad, pad], [pad, pad], [0, 0]])
-    cropped = tf.gather(padded, rows, axis=1, batch_dims=1)  # (B, H, W + 2 pad, C)
+    padded = tf.pad(images, [[0, 0], [PAD, PAD], [PAD, PAD], [0, 0]])
+    cropped = tf.gather(padded, rows, axis=1, batch_dims=1)  # (B, H, W + 2 PAD, C)
     cropped = tf.gather(cropped, columns, axis=2, batch_dims=1)
     return tf.ensure_shape(cropped, images.shape)
 
@@ -209,20 +232,20 @@ def _load_digits():
 # CIFAR-10
 
 
-def _load_cifar10(data_dir):
-    folder = _find_cifar10(data_dir)
+def _read_cifar10_training(folder):
+    """Pixels and labels of the five files, and the positions of train and validation in them."""
     parts = [_read_cifar10_file(folder / name) for name in CIFAR10_TRAIN_FILES]
     pixels = np.concatenate([part[0] for part in parts])
     labels = np.concatenate([part[1] for part in parts])
     order = np.random.default_rng(SPLIT_SEED).permutation(len(pixels))
     validation = np.sort(order[:CIFAR10_VALIDATION])
     train = np.sort(order[CIFAR10_VALIDATION:])
-    test_pixels, test_labels = _read_cifar10_file(folder / CIFAR10_TEST_FILE)
-    return (
-        (_to_images(pixels[train]), labels[train]),
-        (_to_images(pixels[validation]), labels[validation]),
-        (_to_images(test_pixels), test_labels),
-    )
+    return pixels, labels, train, validation
+
+
+def _cifar10_test(folder):
+    pixels, labels = _read_cifar10_file(folder / CIFAR10_TEST_FILE)
+    return _to_images(pixels), labels
 
 
 def _to_images(pixels):
@@ -240,7 +263,8 @@ def _find_cifar10(data_dir):
     keras_home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     for cached in (CIFAR10_CACHE, ""):  # Keras 3; Keras 2
         folder = keras_home / "datasets" / cached / CIFAR10_FOLDER
-        if folder.is_dir():
+        # An extraction that was interrupted leaves fewer: the download below repeats it.
+        if all((folder / name).is_file() for name in CIFAR10_FILES):
             return folder
     return _download_cifar10()
 

@@ -186,6 +186,8 @@ def checked_images(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
             "expected images (N, H, W, C) with whole-number labels (N,), N at least 1; "
             f"got {x.shape} and {y.shape} of {y.dtype}"
         )
+    if y.min() < 0:
+        raise InputError(f"labels count from 0, got {y.min()}; leave out images without a class")
     x, y = x.astype("float32", copy=False), y.astype("int64", copy=False)
     if not np.all((x >= 0) & (x <= 1)):
         raise InputError(

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
+from scipy.ndimage import gaussian_filter1d
 
 from kaf_study import InputError
 
@@ -114,9 +115,11 @@ class LRFinderResult:
         # A batch whose loss is not finite is left out; it can only be the last.
         losses = self.losses[np.isfinite(self.losses)]
         width = max(1.0, 0.02 * len(losses))
-        position = np.arange(len(losses))
-        window = np.exp(-0.5 * ((position[:, None] - position) / width) ** 2)
-        return window @ losses / window.sum(axis=1)
+
+        def under_window(values):  # beyond 10 widths a Gaussian is 2e-22
+            return gaussian_filter1d(values, width, mode="constant", truncate=10)
+
+        return under_window(losses) / under_window(np.ones(len(losses)))
 
     @property
     def noise(self) -> tuple[float, float]:
@@ -225,12 +228,7 @@ class LRFinder:
         Returns:
             LRFinderResult with lrs, losses, diverged, suggestion and plot().
         """
-        self._check(min_lr, max_lr, growth)
-        if _comes_in_batches(x) == (y is not None):
-            raise InputError(
-                "LRFinder needs images x with labels y, or batches of (x, y) alone; "
-                f"received x of type {type(x).__name__} and y of type {type(y).__name__}."
-            )
+        self._check(x, y, min_lr, max_lr, growth)
         if y is not None:
             x, y = _as_arrays(x), _as_arrays(y)
         steps = _count_steps(x, y, epochs, steps, batch_size)
@@ -256,7 +254,7 @@ class LRFinder:
         losses = np.array(recorder.losses)
         return LRFinderResult(lrs[: len(losses)], losses, recorder.diverged, growth)
 
-    def _check(self, min_lr, max_lr, growth):
+    def _check(self, x, y, min_lr, max_lr, growth):
         if not self.model.compiled or getattr(self.model, "optimizer", None) is None:
             raise InputError(
                 "LRFinder needs a compiled model, with the optimizer and loss it will be trained "
@@ -281,6 +279,11 @@ class LRFinder:
             )
         if growth not in ("exponential", "linear"):
             raise InputError(f"growth must be 'exponential' or 'linear'; received {growth!r}.")
+        if _comes_in_batches(x) == (y is not None):
+            raise InputError(
+                "LRFinder needs images x with labels y, or batches of (x, y) alone; "
+                f"received x of type {type(x).__name__} and y of type {type(y).__name__}."
+            )
 
 
 def _has_schedule(optimizer):

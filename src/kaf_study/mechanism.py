@@ -45,11 +45,11 @@ def measure(model: TrainedModel, data_dir: str | None = None) -> dict[str, Any]:
         InputError: the images at hand are not those that it was trained with.
     """
     from kaf_study.curvature import curvatures
-    from kaf_study.datasets import fingerprint, load
+    from kaf_study.datasets import fingerprint, load_validation
     from kaf_study.figures.kafs import initial_network
     from kaf_study.saved_models import open_model
 
-    _, (x, y), _ = load(model.settings["dataset"], data_dir)
+    x, y = load_validation(model.settings["dataset"], data_dir)
     there = model.record.get("dataset", {}).get("validation_fingerprint")
     if there != fingerprint(x, y):
         raise InputError(

@@ -7,7 +7,7 @@
     curvature.json   how curved its activations are (`kaf_study.mechanism`)
     unfinished/      settings and checkpoint of a training that is not finished
 
-saved_models.py opens the network; nothing here needs TensorFlow.
+`kaf_study.saved_models` opens the network; nothing here needs TensorFlow.
 """
 
 import re
@@ -138,14 +138,15 @@ class ModelFolder:
         write_atomically(self.history, pd.DataFrame(history).to_csv(index=False).encode())
         record |= {"model_sha256": file_sha256(self.model)}
         write_json(self.record, record)
-        self.tidy()
+        shutil.rmtree(self.unfinished, ignore_errors=True)
         return record
 
     def tidy(self) -> None:
-        """Removes what a finished training has no use for."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-        for lock in self.path.glob(".training.lock"):
-            lock.unlink(missing_ok=True)
+        """Removes what a run left that was killed just after it had finished."""
+        if self.unfinished.exists():
+            with self.locked():
+                if self.record.exists():  # else it is of a run that has begun since
+                    shutil.rmtree(self.unfinished, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,7 @@ class CheckpointState(Struct):
     stopped: Count | None
     dataset: DataRecord | UnsetType = UNSET
     processes: list[ProcessRecord] | UnsetType = UNSET
+    shapes_sha256: str | UnsetType | None = UNSET  # as in training.json
 
 
 class CurvatureRecord(Struct):

@@ -65,17 +65,17 @@ def evaluate_saved(
     def say(line):
         execution.say(f"{opened.name}: {line}")
 
-    if path.exists() and not force:
-        finished = _finished(path, opened, settings, x, y, say, keep_images=keep_images)
-        if finished is not None:
-            partial.unlink(missing_ok=True)  # of a run that was killed just after it had finished
-            return finished
-    under_true = None
-    if not (force or keep_images):
-        under_true = _under_true(directory, opened, settings, images.dataset, x, y, say)
-    subject = Subject(images.dataset, images.classes, opened.name, opened.sha256)
-    how = replace(execution, partial=partial, say=say, under_true=under_true)
     with locked(directory / f".{path.stem}.lock"):
+        if path.exists() and not force:
+            finished = _finished(path, opened, settings, x, y, say, keep_images=keep_images)
+            if finished is not None:
+                partial.unlink(missing_ok=True)  # of a run killed just after it had finished
+                return finished
+        under_true = None
+        if not (force or keep_images):
+            under_true = _under_true(directory, opened, settings, images.dataset, x, y, say)
+        subject = Subject(images.dataset, images.classes, opened.name, opened.sha256)
+        how = replace(execution, partial=partial, say=say, under_true=under_true)
         try:
             result = evaluate(opened.model, x, y, settings, subject=subject, execution=how)
         except InputError as error:

@@ -22,7 +22,7 @@ from kaf_study import InputError, called_as, distributed, run_command
 from kaf_study.activations import WITHOUT_CURVATURE
 from kaf_study.architectures import build
 from kaf_study.checkpoint import Checkpoint
-from kaf_study.config import DICTIONARY_SIZE, TrainConfig, config_of, parse, recipe
+from kaf_study.config import DICTIONARY_SIZE, TrainConfig, config_of, is_resnet, parse, recipe
 from kaf_study.curvature import CurvatureProbe
 from kaf_study.datasets import batches, class_names, fingerprint, is_augmentable, load
 from kaf_study.fused_layers import fused
@@ -71,23 +71,27 @@ def train(
     """
     config.check()
     folder = ModelFolder(out)
+    strategy = strategy or tf.distribute.get_strategy()
+    is_chief = distributed.is_chief(strategy)
     if not force and (finished := folder.finished_run(config)):
-        folder.tidy()
+        if is_chief:
+            folder.tidy()
         print(f"{out} is already trained with these settings; --force trains it anew.")
         return finished
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
     training, validation, dataset = images_of(config, data_dir)
-    strategy = strategy or tf.distribute.get_strategy()
-    is_chief = distributed.is_chief(strategy)
     with strategy.scope(), folder.locked() if is_chief else nullcontext():
         network = build_network(config)
+        shapes = shapes_sha256(config.shapes_of) if config.shapes_of else None
         model = build_trainer(network, config, config.epochs * steps_per_epoch(config, training))
         if is_chief:
             folder.start(config, force=force)
         distributed.wait_for_all(strategy)
-        checkpoint = Checkpoint(folder.checkpoint, model, dataset, writes=is_chief)
+        checkpoint = Checkpoint(
+            folder.checkpoint, model, dataset, shapes_sha256=shapes, writes=is_chief
+        )
         if checkpoint.history:
             print(f"Resuming {out} after epoch {len(checkpoint.history)} of {config.epochs}.")
         probe = fit(model, network, config, training, validation, checkpoint, verbose)
@@ -125,7 +129,7 @@ def images_of(
 def build_network(config: TrainConfig) -> keras.Model:
     """The network to be trained, of Keras' own layers (and Kaf)."""
     kwargs: dict[str, Any] = {}
-    if config.architecture.startswith("resnet"):
+    if is_resnet(config.architecture):
         kwargs = {"l2": config.l2, "kernel_initializer": config.kernel_initializer}
     if config.shapes_of is not None:
         return network_of_shapes(config.architecture, config.shapes_of, **kwargs)
@@ -201,7 +205,7 @@ def steps_per_epoch(config: TrainConfig, training: Images) -> int:
 
 def epoch_batches(config: TrainConfig, training: Images, epoch: int) -> tf.data.Dataset:
     """The batches of one epoch, from 0; labels are one-hot where they are to be smoothed."""
-    augment = is_augmentable(config.dataset) and config.architecture.startswith("resnet")
+    augment = is_augmentable(config.dataset) and is_resnet(config.architecture)
     of_epoch = batches(
         *training, batch_size=config.batch_size, seed=config.seed, epoch=epoch, augment=augment
     )
@@ -328,8 +332,8 @@ def record_of(
     config: TrainConfig, results: dict[str, Any], dataset: dict[str, Any], checkpoint: Checkpoint
 ) -> dict[str, Any]:
     """training.json (`records.TrainingRecord`), but for the hash of the model's file."""
-    shapes = {"shapes_sha256": shapes_sha256(config.shapes_of)} if config.shapes_of else {}
-    return shapes | {
+    shapes = checkpoint.shapes_sha256
+    return ({"shapes_sha256": shapes} if shapes else {}) | {
         "settings": asdict(config),
         "results": results,
         "dataset": dataset,

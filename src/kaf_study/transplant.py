@@ -47,7 +47,13 @@ def network_of_shapes(architecture: str, shapes_of: Path | str, **kwargs) -> ker
             f"{shapes_of} is of architecture {source.settings['architecture']}, whose layers are "
             f"not those of {architecture}; name another model folder"
         )
-    trained = keras.models.load_model(ModelFolder(source.folder).model, compile=False)
+    model = ModelFolder(source.folder).model
+    if not model.is_file():
+        raise InputError(
+            f"{shapes_of} must hold the trained network; there is a training.json but no "
+            f"{model.name}: train it again with --force, or name another model folder"
+        )
+    trained = keras.models.load_model(model, compile=False)
     shapes = mean_shapes(trained)
     config = kaf_layers(trained)[0].get_config()
     # The start is given below; what the trained one started as says nothing of these.
