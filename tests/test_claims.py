@@ -14,13 +14,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from fabricated import result
 
-from kaf_study import InputError, compare, figures
+from kaf_study import InputError, compare, figures, report
 from kaf_study.activations import STUDIED
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.cards import shown_verdicts
 from kaf_study.claims import CLAIMS, Claim, _with_lender, claims_table, means, studies
 from kaf_study.records import Evaluation, read_results, standard_error
-from kaf_study.tables import original_table
+from kaf_study.tables import TRUE_LABELS, original_table
 
 N = 1000
 SWISH_ABOVE_RELU = Claim("Swish above ReLU", "robust", (("swish", "relu"),))
@@ -301,6 +301,35 @@ def test_claims_are_of_rapid_where_pgd_has_one_seed_of_each(tmp_path, capsys):
     assert "(15 epochs of fast adversarial training), rapid\n" in printed
     assert "Swish is the most robust Swish    ReLU 2 / 2" in printed and "+6.0" in printed
     assert "under PGD-50-10" in printed  # the pairs, of the attack that was asked for
+
+
+def test_a_few_results_of_a_stronger_attack_do_not_take_the_claims_from_rapid(tmp_path):
+    """Three seeds of each under rapid; AutoAttack on 100 images of ReLU, then of Swish as well."""
+    models, readme = tmp_path / "models", tmp_path / "README.md"
+    readme.write_text("<!-- answer -->\n<!-- /answer -->\n")
+
+    def attack(folder, name, n):
+        index = np.arange(n)
+        attacked = result(index < 0.7 * n, index < 0.3 * n, AttackSettings(name), model=folder.name)
+        attacked.write(folder / "robustness")
+
+    for seed, activation in itertools.product(range(3), ("relu", "swish")):
+        folder = add_network(models, activation, seed, range(400))
+        if seed:
+            shutil.rmtree(folder / "robustness")
+        attack(folder, "rapid", N)
+    for others in (("relu_seed0", "relu_seed1"), ("swish_seed0",)):
+        for name in others:
+            attack(models / f"net_{name}", "autoattack", 100)
+        results = read_results(models)
+        (one,) = compare.tables_of_studies(results, "pgd_true")
+        assert one.study.kind == "rapid" and one.study.size == (2, 6, N)
+        assert compare.main([str(models), "--answer", str(readme)]) == 0
+        assert "| Swish | 3 | 70.0 (" in readme.read_text()
+        attacked = [study for kind in TRUE_LABELS for study in studies(results, kind)]
+        assert {(study.kind, study.size) for study in report.main_studies(attacked)} == {
+            ("rapid", one.study.size)
+        }
 
 
 def test_verdicts_of_several_studies_stand_side_by_side(models):

@@ -37,12 +37,25 @@ from kaf_study.cards import (
     shown_rapid,
     shown_verdicts,
 )
-from kaf_study.claims import Study, beside_originals, claims_table, means, studies
+from kaf_study.claims import (
+    Study,
+    beside_originals,
+    claims_table,
+    main_study,
+    means,
+    studies,
+)
 from kaf_study.figures import accuracy_robustness_scatter, save
 from kaf_study.files import make_writable, write_atomically
 from kaf_study.model_folder import common_training
 from kaf_study.records import read_results
-from kaf_study.tables import model_table, original_table, paired_tests, rapid_beside_stronger
+from kaf_study.tables import (
+    TRUE_LABELS,
+    model_table,
+    original_table,
+    paired_tests,
+    rapid_beside_stronger,
+)
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
@@ -142,29 +155,34 @@ class StudyTables(NamedTuple):
 def tables_of_studies(
     results: pd.DataFrame, kind: str, originals: pd.DataFrame | None = None
 ) -> list[StudyTables]:
-    """Means and verdicts of each study that has several seeds of an activation, under an attack.
+    """Means and verdicts of each study that has claims and several seeds of an activation.
 
-    Under the attack `kind` or, where all studies have one seed of each under that, under AutoAttack
-    or `rapid`. Beside them those with one seed of each that a study with several can lend its
-    spread between seeds.
+    All are of the kind of attack of the `main_study`; of equal ones that under `kind`. Beside them
+    those with one seed of each that a study with several can lend its spread between seeds.
     """
-    for attack in dict.fromkeys((kind, "autoattack", "rapid")):
-        attacked = studies(results, attack)
-        several = [study for study in attacked if study.has_several_seeds or study.lender]
-        if several:
-            break
-    name = COMBINED.get(attack, "PGD")
-    titles = [f"{common_training(study.models)}, {name}" for study in several]
+    kinds = dict.fromkeys((kind, *TRUE_LABELS))
+    attacked = [study for attack in kinds for study in studies(results, attack)]
+    if not attacked:
+        return []
+    main = main_study(attacked)
+    tested = [
+        study
+        for study in attacked
+        if study.kind == main.kind
+        and study.has_claims
+        and (study.has_several_seeds or study.lender)
+    ]
+    name = COMBINED.get(main.kind, "PGD")
+    titles = [f"{common_training(study.models)}, {name}" for study in tested]
     found = []
-    for title, study in zip(titles, several, strict=True):
+    for title, study in zip(titles, tested, strict=True):
         if titles.count(title) > 1:
             settings = study.models[0].settings
             title += f", {settings.get('optimizer')}, eps {255 * settings['epsilon']:g}/255"
         claims = claims_table(study)
         if originals is not None:
             claims = beside_originals(claims, originals, study.architecture)
-        if len(claims):
-            found.append(StudyTables(title, study, means(study), claims))
+        found.append(StudyTables(title, study, means(study), claims))
     return found
 
 
@@ -181,11 +199,12 @@ def markdown_of(studied: list[StudyTables]) -> str:
 
 
 def answer(found: list[tuple[Study, pd.DataFrame]]) -> str:
-    """Of the study with most networks; each with its `claims.means`."""
+    """Of the `main_study`; each with its `claims.means`."""
     if not found:
         raise InputError("--answer needs models trained here, with their training.json")
-    largest, averages = max(found, key=lambda pair: len(pair[0].models))
-    return markdown(shown_answer(averages, largest.architecture))
+    main = main_study(study for study, _ in found)
+    (averages,) = (averages for study, averages in found if study is main)
+    return markdown(shown_answer(averages, main.architecture))
 
 
 def write(

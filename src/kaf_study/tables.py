@@ -23,6 +23,7 @@ KINDS = {  # column -> which results are meant
     "rapid": {"attack": "rapid", "labels": "true"},
     "autoattack": {"attack": "autoattack", "labels": "true"},
 }
+TRUE_LABELS = tuple(kind for kind, wanted in KINDS.items() if wanted["labels"] == "true")
 SETTINGS = ["dataset", "attack", "labels", "epsilon", "alpha", "steps", "restarts", "seed", "n"]
 SAME_FOR_ALL = ("dataset", "epsilon")
 SAME_PGD = ("alpha", "steps", "restarts", "seed")
