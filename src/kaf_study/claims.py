@@ -6,7 +6,8 @@ images and seeds, corrected within the claim.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from kaf_study.activations import (
     STUDIED,
     is_trained_kaf,
 )
+from kaf_study.config import TrainConfig
 from kaf_study.model_folder import TrainedModel, with_training
 from kaf_study.paired import LEVEL
 from kaf_study.seeds import (
@@ -52,8 +54,11 @@ WORDS = {
         (UNDECIDED, "undecided"),
     )
 }
-# Networks that agree in these are of one study: they differ in activation and seed.
-ALIKE = ("dataset", "architecture", "epsilon", "epochs", "optimizer")
+# Networks of one study differ in these settings: seed, activation, and what is its own.
+MAY_DIFFER = {
+    "activation", "seed", "deterministic",
+    "dictionary_size", "shapes_of", "kwta_anneal_from", "kwta_anneal_every",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,14 @@ CLAIMS = (
 
 
 # --------------------------------------------------------------------------- networks of one study
+
+
+def training_of(model: TrainedModel) -> dict[str, Any]:
+    """What networks of one study have in common: {setting: value}, and the training images."""
+    names = [field.name for field in fields(TrainConfig) if field.name not in MAY_DIFFER]
+    return {name: model.settings[name] for name in names} | {
+        "train_fingerprint": model.record.get("dataset", {}).get("train_fingerprint")
+    }
 
 
 @dataclass(frozen=True)
@@ -159,7 +172,7 @@ def studies(results: pd.DataFrame, kind: str = "pgd_true") -> list[Study]:
     if rows is not None:
         for model, path in zip(rows["training"], rows["path"], strict=True):
             if model is not None:
-                alike = tuple(model.settings.get(name) for name in ALIKE)
+                alike = tuple(training_of(model).values())
                 groups.setdefault(alike, []).append((model, path))
     found = [_study(kind, group) for group in groups.values()]
     return [study if study.has_several_seeds else _with_lender(study, found) for study in found]

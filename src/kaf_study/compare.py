@@ -44,6 +44,7 @@ from kaf_study.claims import (
     main_study,
     means,
     studies,
+    training_of,
 )
 from kaf_study.figures import accuracy_robustness_scatter, save
 from kaf_study.files import make_writable, write_atomically
@@ -172,18 +173,31 @@ def tables_of_studies(
         and study.has_claims
         and (study.has_several_seeds or study.lender)
     ]
-    name = COMBINED.get(main.kind, "PGD")
-    titles = [f"{common_training(study.models)}, {name}" for study in tested]
     found = []
-    for title, study in zip(titles, tested, strict=True):
-        if titles.count(title) > 1:
-            settings = study.models[0].settings
-            title += f", {settings.get('optimizer')}, eps {255 * settings['epsilon']:g}/255"
+    for title, study in zip(titles_of(tested), tested, strict=True):
         claims = claims_table(study)
         if originals is not None:
             claims = beside_originals(claims, originals, study.architecture)
         found.append(StudyTables(title, study, means(study), claims))
     return found
+
+
+def titles_of(tested: Sequence[Study]) -> list[str]:
+    """How each was trained and attacked; of those that this names alike, also what differs."""
+    names = [
+        f"{common_training(study.models)}, {COMBINED.get(study.kind, 'PGD')}" for study in tested
+    ]
+    trainings = [training_of(study.models[0]) for study in tested]
+    titles = []
+    for name, training in zip(names, trainings, strict=True):
+        twins = [other for twin, other in zip(names, trainings, strict=True) if twin == name]
+        words = [name]
+        for setting, value in training.items():
+            if any(twin[setting] != value for twin in twins):
+                shown_value = f"{value:.3g}" if isinstance(value, float) else str(value)[:16]
+                words.append(f"{setting} {shown_value}")
+        titles.append(", ".join(words))
+    return titles
 
 
 def markdown_of(studied: list[StudyTables]) -> str:

@@ -18,7 +18,7 @@ import pandas as pd
 from kaf_study import CommandParser, InputError, run_command, tables
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 from kaf_study.cards import COMBINED, shown
-from kaf_study.claims import ALIKE, Study, main_study, studies
+from kaf_study.claims import Study, main_study, studies, training_of
 from kaf_study.latex import NONE, Report, listed, points, span, tabular
 from kaf_study.model_folder import model_labels, trained_models
 from kaf_study.records import percent, read_json, read_results
@@ -262,8 +262,7 @@ def reported(root: Path) -> Report:
     study = trained_here(report, results, originals)
     original(report, originals)
     trainings(report, models, results)
-    first = study.models[0].settings
-    alike = [m for m in models if all(m.settings.get(k) == first.get(k) for k in ALIKE)]
+    alike = [model for model in models if training_of(model) == training_of(study.models[0])]
     over_seeds(report, alike)
     mechanism(report, alike)
     curvature_by_epoch(report, alike)
