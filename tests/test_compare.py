@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -23,6 +24,7 @@ from kaf_study.tables import (
     model_table,
     paired_tests,
     rapid_beside_stronger,
+    read_outcomes,
 )
 
 N = 100
@@ -317,10 +319,30 @@ def test_protocols_do_not_mix(models):
     assert table.set_index("model").loc["net_kaf", "pgd_true"] == 0.42
 
 
-def test_different_images_are_refused(models):
+def test_other_images_of_a_data_set_are_another_protocol(models):
+    """As many images of the same name, but not the same: the ones that most models have are taken.
+
+    What the table does not do is refused, if it is asked for.
+    """
+    shutil.rmtree(models / "net_kaf" / "robustness")
     add_result(models / "net_kaf", range(42), fingerprint="others")
-    with pytest.raises(InputError, match="net_kaf and net_swish were attacked on different images"):
-        against("net_swish", model_table(read_results(models)))
+    table = model_table(results := read_results(models))
+    assert sorted(table["model"]) == ["net_relu", "net_swish"]
+    assert list(against("net_swish", table)["model"]) == ["net_relu"]
+    assert compare.main([str(models)]) == 0
+    paths = {Path(row.folder).name: row.path for row in results.itertuples()}
+    with pytest.raises(InputError, match="net_kaf and net_relu were attacked on different images"):
+        read_outcomes({name: paths[name] for name in ("net_relu", "net_kaf")}, "net_relu")
+
+
+def test_attacks_on_as_many_images_are_on_the_same_ones(models):
+    for activation, images in (("relu", "others"), ("swish", "others"), ("kaf", "f")):
+        folder = models / f"net_{activation}"
+        add_result(folder, range(30), attack="rapid", fingerprint=images)
+        add_result(folder, range(9), attack="suite", n=50, correct=40, fingerprint="first 50")
+    table = model_table(read_results(models)).set_index("activation")
+    assert table.loc["kaf", "rapid"] == 0.3 and table.loc[["relu", "swish"], "rapid"].isna().all()
+    assert (table["suite"] == 9 / 50).all()
 
 
 def test_results_of_other_weights_are_refused(models, capsys):

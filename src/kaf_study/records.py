@@ -56,6 +56,7 @@ COLUMNS = [
     "restarts",
     "seed",
     "dataset",
+    "fingerprint",
     "outputs",
     "seconds",
     "model_sha256",
@@ -529,6 +530,7 @@ def read_results(*folders: Path | str) -> pd.DataFrame:
             | {
                 "attack": attack["name"],
                 "dataset": data["name"],
+                "fingerprint": data["fingerprint"],
                 "folder": str(path.parent.parent if in_model_folder else path.parent),
                 "path": str(path),
             }
