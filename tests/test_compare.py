@@ -14,8 +14,9 @@ import matplotlib.pyplot as plt
 from fabricated import result, training_record, write_training
 
 from kaf_study import InputError, compare
-from kaf_study.attacks.registry import AttackSettings
-from kaf_study.cards import conclusion, markdown_table, model_cards, shown, shown_rapid
+from kaf_study.attacks.registry import LABELS, AttackSettings
+from kaf_study.cards import conclusion, markdown_table, model_cards, notes, shown, shown_rapid
+from kaf_study.model_folder import COPIES
 from kaf_study.records import read_results
 from kaf_study.tables import (
     against,
@@ -343,6 +344,29 @@ def test_attacks_on_as_many_images_are_on_the_same_ones(models):
     table = model_table(read_results(models)).set_index("activation")
     assert table.loc["kaf", "rapid"] == 0.3 and table.loc[["relu", "swish"], "rapid"].isna().all()
     assert (table["suite"] == 9 / 50).all()
+
+
+def test_images_are_named_by_what_was_attacked(models):
+    """Not by what the networks were trained on, nor by the data set that they are a copy of."""
+    validation, first_500, first_1000, _ = COPIES
+
+    def told():
+        (line, *_) = notes(model_table(read_results(models)))
+        return line.partition(" (n: ")[0].removeprefix("Percent of the first test images of ")
+
+    folders = [models / f"net_{activation}" for activation in ("relu", "swish", "kaf")]
+    for folder in folders:
+        record = json.loads((folder / "training.json").read_text())
+        record["dataset"]["validation_fingerprint"] = validation
+        (folder / "training.json").write_text(json.dumps(record))
+    assert told() == "CIFAR-10"
+    add_result(folders[0], range(9), attack="rapid", n=50, correct=40, fingerprint=first_500)
+    assert told() == "CIFAR-10 and a JPEG copy of CIFAR-10"
+    for folder in folders:
+        for labels in LABELS:
+            add_result(folder, range(40), labels=labels, fingerprint=first_1000)
+        (folder / "training.json").unlink()
+    assert told() == "a JPEG copy of CIFAR-10"
 
 
 def test_results_of_other_weights_are_refused(models, capsys):

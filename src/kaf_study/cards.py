@@ -17,7 +17,7 @@ from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 from kaf_study.attacks import registry
 from kaf_study.claims import MEASURES, Study
 from kaf_study.files import write_atomically
-from kaf_study.model_folder import DATASET_LABELS, TrainedModel, common_training, trained_models
+from kaf_study.model_folder import TrainedModel, common_training, dataset_label, trained_models
 from kaf_study.paired import LEVEL
 from kaf_study.records import percent
 from kaf_study.seeds import MARGIN
@@ -105,12 +105,10 @@ def notes(
 
 
 def _dataset(chosen: Mapping[str, pd.DataFrame]) -> str:
-    rows = next(iter(chosen.values()))
-    name = rows["dataset"].iloc[0]
-    plain = DATASET_LABELS.get(name, name)
-    trained_on = {model.dataset_label for model in rows["training"] if model is not None}
-    copies = sorted(label for label in trained_on if label != plain and label.endswith(plain))
-    return copies[0] if copies else plain
+    """What was attacked, whatever the models were trained on: "CIFAR-10", or several of such."""
+    first = [rows.iloc[0] for rows in chosen.values()]
+    labels = dict.fromkeys(f"{dataset_label(r['dataset'], r['fingerprint'])}" for r in first)
+    return " and ".join(labels)
 
 
 # --------------------------------------------------------------------------- paired tests
