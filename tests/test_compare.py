@@ -231,7 +231,7 @@ def test_rapid_and_autoattack_stand_beside_the_suite_each_under_its_name(models)
     assert "| 40.0 ± 4.9 | 39.0 ± 4.9 | 38.0 ± 4.9 |" in lines[3]
     assert "| – | – | 30.0 ± 4.6 |" in lines[4]
     assert any(line.startswith("Rapid: ") and "not AutoAttack" in line for line in lines)
-    cards = model_cards(read_results(models), models)
+    cards = model_cards(read_results(models), models, into="cards.md")
     assert "| pgd_acc | suite_acc | rapid_acc | autoattack_acc |" in cards
     assert "| 40.0 | 39.0 | 38.0 |" in cards
     assert "pgd_acc, suite_acc and rapid_acc: robust accuracy, true labels; not Auto" in cards
@@ -296,20 +296,37 @@ def test_rapid_is_counted_beside_stronger_attacks_on_the_images_of_both(models, 
 
 
 def test_cards_name_the_training_that_the_probe_ended(models, tmp_path):
-    """Counted from 1, as a reader counts; those that came through (None) are not named."""
-    record = training_record(seed=7)
-    record["results"]["catastrophic_overfitting_in_epoch"] = 1
-    ended = write_training(tmp_path / "ended_early", record)
-    cards = model_cards(read_results(models), models, ended)
-    assert "ended_early was stopped by the probe in epoch 2" in cards
-    assert "stands in for seed 7." in cards and cards.count("was stopped by the probe") == 1
+    """Counted from 1, as a reader counts; those that came through (None) are not named.
+
+    Another seed stands in for it only if it is there, of the same training, and came through.
+    """
+    folders = []
+    for seed in (7, 8):
+        record = training_record(seed=seed)
+        record["results"]["catastrophic_overfitting_in_epoch"] = 1
+        folders.append(write_training(tmp_path / f"ended_early_{seed}", record))
+    results = read_results(models)  # of a KAF trained on another data set
+    ended = "ended_early_7 was stopped by the probe in epoch 2 (catastrophic overfitting)"
+    cards = model_cards(results, models, *folders, into="cards.md")
+    assert f"{ended}.\n" in cards and cards.count("was stopped by the probe") == 2
+    folders.append(write_training(tmp_path / "came_through", training_record(seed=9)))
+    cards = model_cards(results, models, *folders, into="cards.md")
+    assert f"{ended}; another seed stands in for seed 7.\n" in cards
+
+
+def test_cards_tell_the_command_that_made_them(models, monkeypatch):
+    monkeypatch.chdir(models.parent)
+    given = ["models/net_kaf", "models/net_relu/", "--cards", "my cards.md"]
+    assert compare.main(given) == 0
+    command = "robustness_eval.py compare models/net_kaf models/net_relu --cards 'my cards.md'"
+    assert f"\n`python {command}`\n" in Path("my cards.md").read_text()
 
 
 def test_autoattack_alone_makes_a_table(tmp_path):
     add_result(add_model(tmp_path, "relu"), range(40), attack="autoattack")
     table = model_table(read_results(tmp_path))
     assert table.loc[0, "autoattack"] == 0.4 and table.loc[0, "clean_accuracy"] == 0.9
-    assert "rapid_acc" not in model_cards(read_results(tmp_path), tmp_path)
+    assert "rapid_acc" not in model_cards(read_results(tmp_path), tmp_path, into="cards.md")
 
 
 def test_protocols_do_not_mix(models):

@@ -311,7 +311,7 @@ def test_whatever_training_json_holds_is_read_or_refused_in_one_line(tmp_path):
     def use(folder):
         trained_models(folder)
         tables.model_table(results)
-        cards.model_cards(results, folder)
+        cards.model_cards(results, folder, into="cards.md")
 
     use(folder)
     for name, change in mutations(record):

@@ -5,6 +5,7 @@ markers of a text. A table, as text, is {header: cells}.
 """
 
 import itertools
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pandas as pd
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 from kaf_study.attacks import registry
-from kaf_study.claims import MEASURES, Study
+from kaf_study.claims import MEASURES, Study, training_of
 from kaf_study.files import write_atomically
 from kaf_study.model_folder import TrainedModel, common_training, dataset_label, trained_models
 from kaf_study.paired import LEVEL
@@ -348,12 +349,13 @@ def markdown_claims(study: Study, averages: pd.DataFrame, claims: pd.DataFrame) 
 # --------------------------------------------------------------------------- model cards
 
 
-def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
+def model_cards(results: pd.DataFrame, *folders: str | Path, into: str | Path) -> str:
     """Markdown for models/README.md: one row per model; RobustBench's model_info keys where any.
 
     Args:
         results: of `read_results`.
         folders: whose trained models are listed, also those without results of the protocol.
+        into: the file that the text is written to; it tells the command.
     """
     table = model_table(results)
     rows_of = next(iter(table.attrs["chosen"].values()))
@@ -371,12 +373,13 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
     frame = pd.DataFrame.from_dict(rows, orient="index")
     others = "pgd_acc, suite_acc and rapid_acc" if "rapid" in chosen else "pgd_acc and suite_acc"
     columns = {"model": list(frame.index), **{c: list(frame[c]) for c in frame}}
+    given = shlex.join([*(str(Path(folder)) for folder in folders), "--cards", str(into)])
     return "\n".join(
         [
             "# Models",
             "",
             "Generated from `training.json` and the result files by",
-            "`python robustness_eval.py compare models pilots/relu_seed1 --cards models/README.md`",
+            f"`python robustness_eval.py compare {given}`",
             "(do not edit).",
             "",
             markdown(columns),
@@ -386,7 +389,7 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
             f"{others}: robust accuracy, true labels; not AutoAttack's.",
             "A dash: not attacked in this way. train_eps 0/255: ordinary training.",
             *exceptions(list(trained.values())),
-            *stopped(trained.values()),
+            *stopped(list(trained.values())),
             "Keys follow RobustBench's model_info where it has one. sha256 is of `model.keras`.",
             "",
         ]
@@ -452,14 +455,23 @@ def exceptions(models: Iterable[TrainedModel]) -> list[str]:
     return sentences
 
 
-def stopped(models: Iterable[TrainedModel]) -> list[str]:
-    """Sentences on trainings that the probe ended, whose seed another one stands in for."""
-    key = "catastrophic_overfitting_in_epoch"  # counted from 0
+def stopped(models: Sequence[TrainedModel]) -> list[str]:
+    """Sentences on trainings that the probe ended, and whether another seed stands in for each."""
+
+    def stopped_in(model):  # counted from 0
+        return model.record["results"].get("catastrophic_overfitting_in_epoch")
+
+    def study(model):
+        return model.activation, training_of(model)
+
+    whole = [study(model) for model in models if stopped_in(model) is None]
     return [
-        f"{model.folder.name} was stopped by the probe in epoch {model.record['results'][key] + 1} "
-        f"(catastrophic overfitting); another seed stands in for seed {model.settings['seed']}."
+        f"{model.folder.name} was stopped by the probe in epoch {stopped_in(model) + 1} "
+        "(catastrophic overfitting)"
+        + f"; another seed stands in for seed {model.settings['seed']}" * (study(model) in whole)
+        + "."
         for model in models
-        if model.record["results"].get(key) is not None
+        if stopped_in(model) is not None
     ]
 
 

@@ -143,7 +143,8 @@ def run(arguments: Namespace) -> None:
         put_table_into(arguments.answer, answer(found), "answer")
     if arguments.cards:
         make_writable(Path(arguments.cards).parent)
-        write_atomically(Path(arguments.cards), model_cards(results, *arguments.folders).encode())
+        cards = model_cards(results, *arguments.folders, into=arguments.cards)
+        write_atomically(Path(arguments.cards), cards.encode())
 
 
 class StudyTables(NamedTuple):
