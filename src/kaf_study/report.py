@@ -134,6 +134,10 @@ def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame)
 def settings(study: Study) -> dict[str, str]:
     """What the trainings were made with, and the sizes of the networks."""
     s, record = study.models[0].settings, study.models[0].record
+
+    def count(images):
+        return NONE if images is None else f"{images:,}"
+
     sizes = {m.activation: f"{m.record['results']['parameters']:,}" for m in study.models}
     return {
         "ParametersReLU": sizes.get("relu", NONE),
@@ -142,8 +146,8 @@ def settings(study: Study) -> dict[str, str]:
         "TrainData": study.models[0].dataset_label,
         "Epochs": str(s["epochs"]),
         "BatchSize": str(s["batch_size"]),
-        "TrainImages": f"{record['dataset']['train_n']:,}",
-        "ValidationImages": f"{record['results'].get('validation_n', 0):,}",
+        "TrainImages": count(record.get("dataset", {}).get("train_n")),
+        "ValidationImages": count(record["results"].get("validation_n")),
         "TrainEpsilon": f"{255 * s['epsilon']:g}/255",
         "TrainAlpha": f"{255 * s['alpha']:g}/255",
         "RateFirst": f"{first_rate(s):.2g}",

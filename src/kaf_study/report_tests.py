@@ -91,6 +91,11 @@ def verdicts(report: Report, study: Study, originals: pd.DataFrame, *, answers_a
 
     Where there are several, the answers come from these, if the study has all activations.
     """
+    if not study.has_claims:
+        raise InputError(
+            "no claim is of two activations that were attacked alike; there are "
+            f"{listed([ACTIVATION_LABELS[name] for name in study.seeds])}"
+        )
     averages = means(study)
     claims = beside_originals(claims_table(study), originals, study.architecture)
     report.tables["means"] = tabular(shown_means(averages))
@@ -109,7 +114,7 @@ def verdicts(report: Report, study: Study, originals: pd.DataFrame, *, answers_a
         for column, value in row.items():
             rows.setdefault(column, []).append(value)
     report.tables["verdicts"] = tabular(rows)
-    several, undecided = max(study.seeds.values()) > 1, sum(rows["undecided"])
+    several, undecided = study.has_several_seeds, sum(rows["undecided"])
     sd = {measure: points(value, "") for measure, value in averages.attrs["sd"].items()}
     report.numbers |= {
         "PairsTested": str(len(claims)),
@@ -147,6 +152,7 @@ def elsewhere(report: Report, others: Sequence[Study]) -> None:
         + ", with the spread between seeds of the networks above" * (study.lender is not None)
         + "."
         for study in others
+        if study.has_claims
     )
 
 
