@@ -15,7 +15,16 @@ from fabricated import result, training_record, write_training
 
 from kaf_study import InputError, compare
 from kaf_study.attacks.registry import LABELS, AttackSettings
-from kaf_study.cards import conclusion, markdown_table, model_cards, notes, shown, shown_rapid
+from kaf_study.cards import (
+    conclusion,
+    markdown_table,
+    model_cards,
+    notes,
+    points,
+    shown,
+    shown_pairs,
+    shown_rapid,
+)
 from kaf_study.model_folder import COPIES
 from kaf_study.records import read_results
 from kaf_study.tables import (
@@ -181,6 +190,18 @@ def test_several_attacks_together_are_tested_on_their_own_results(models, capsys
     assert compare.main([str(models)]) == 0
     text = capsys.readouterr().out
     assert "10 / 20" in text and "with net_swish, under PGD-50-10" in text
+
+
+def test_a_difference_of_nothing_has_no_minus_sign():
+    pairs = pd.DataFrame(
+        {"model": ["a"], "reference": "c", "only_model": 4, "only_reference": 4}
+        | dict.fromkeys(("robust_difference", "clean_difference", "high"), -0.0004)
+        | {"low": -0.02, "p_holm": 1.0, "clean_p_holm": 1.0}
+    )
+    cells = shown_pairs(pairs)
+    assert cells["robust, points"] == cells["clean, points"] == ["+0.0"]
+    assert cells["95 %"] == ["-2.0 to +0.0"]
+    assert (points(-0.0004, ""), points(0.058), points(float("nan"))) == ("0.0", "+5.8", "–")
 
 
 def test_conclusion_names_what_is_told_apart(models):

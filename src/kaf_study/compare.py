@@ -4,7 +4,6 @@ python robustness_eval.py compare models/
 python robustness_eval.py compare models/ --into RESULTS.md --cards models/README.md
 """
 
-import io
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -249,6 +248,4 @@ def write(
 
 
 def csv(frame: pd.DataFrame) -> str:
-    buffer = io.StringIO()
-    frame.to_csv(buffer, index=False, float_format="%.9g", lineterminator="\n")
-    return buffer.getvalue()
+    return frame.to_csv(index=False, float_format="%.9g", lineterminator="\n")

@@ -17,9 +17,9 @@ import pandas as pd
 
 from kaf_study import CommandParser, InputError, run_command, tables
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
-from kaf_study.cards import COMBINED, shown
+from kaf_study.cards import COMBINED, NONE, points, shown
 from kaf_study.claims import Study, main_study, studies, training_of
-from kaf_study.latex import NONE, Report, listed, points, span, tabular
+from kaf_study.latex import Report, listed, span, tabular
 from kaf_study.model_folder import model_labels, trained_models
 from kaf_study.records import percent, read_json, read_results
 from kaf_study.report_tests import elsewhere, paired, verdicts

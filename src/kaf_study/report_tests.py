@@ -11,9 +11,9 @@ import pandas as pd
 
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED, is_trained_kaf
-from kaf_study.cards import shown_claims, shown_means, shown_pairs, told_apart
+from kaf_study.cards import points, shown_claims, shown_means, shown_pairs, told_apart
 from kaf_study.claims import Study, beside_originals, claims_table, means
-from kaf_study.latex import Report, listed, points, span, tabular
+from kaf_study.latex import Report, listed, span, tabular
 from kaf_study.model_folder import common_training
 from kaf_study.paired import LEVEL
 from kaf_study.seeds import UNDECIDED
