@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import matplotlib
 import numpy as np
@@ -14,13 +14,22 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from fabricated import result
 
-from kaf_study import InputError, compare, figures
+from kaf_study import InputError, compare, figures, report
 from kaf_study.activations import STUDIED
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.cards import shown_verdicts
-from kaf_study.claims import CLAIMS, Claim, _with_lender, claims_table, means, studies
+from kaf_study.claims import (
+    CLAIMS,
+    Claim,
+    _with_lender,
+    claims_table,
+    means,
+    studies,
+    training_of,
+)
+from kaf_study.config import TrainConfig
 from kaf_study.records import Evaluation, read_results, standard_error
-from kaf_study.tables import original_table
+from kaf_study.tables import TRUE_LABELS, original_table
 
 N = 1000
 SWISH_ABOVE_RELU = Claim("Swish above ReLU", "robust", (("swish", "relu"),))
@@ -164,6 +173,58 @@ def test_networks_trained_otherwise_are_another_study(models):
     assert found[15].seeds == {"relu": 3, "swish": 3, "kaf": 3} and found[30].seeds == {"relu": 1}
 
 
+def change_record(folder, change):
+    record = json.loads((folder / "training.json").read_text())
+    change(record)
+    (folder / "training.json").write_text(json.dumps(record))
+
+
+OTHER_SETTINGS = {
+    "batch_size": 64, "train_n": 1000, "alpha": 8 / 255, "noise": 2.0, "epsilon_ramp": 0.1,
+    "pairing": 1.0, "pairing_ramp": 0.5, "label_smoothing": 0.1, "lr_min": 0.01, "lr_max": 0.8,
+    "lr_start": 0.0, "lr_peak": 0.3, "momentum": 0.0, "nesterov": True, "l2": 5e-4,
+    "kernel_initializer": "he_normal", "ema_momentum": 0.998, "ema_warm": True,
+    "precision": "mixed_float16", "dataset": "digits", "architecture": "vgg", "epochs": 16,
+    "epsilon": 4 / 255, "optimizer": "adam",
+}  # fmt: skip
+OF_AN_ACTIVATION = {
+    "deterministic": True, "dictionary_size": 16, "shapes_of": "x", "kwta_anneal_from": 4,
+    "kwta_anneal_every": 1,
+}  # fmt: skip
+
+
+def test_every_setting_of_a_training_makes_another_study_but_those_of_an_activation(models):
+    (study,) = studies(read_results(models))
+    model = study.models[0]
+    assert OTHER_SETTINGS.keys() | OF_AN_ACTIVATION.keys() | {"activation", "seed"} == {
+        field.name for field in fields(TrainConfig)
+    }
+    for name, value in (OTHER_SETTINGS | OF_AN_ACTIVATION).items():
+        assert model.settings[name] != value
+        other = replace(model, record={"settings": model.settings | {name: value}})
+        assert (training_of(other) == training_of(model)) == (name in OF_AN_ACTIVATION), name
+
+
+def test_seeds_of_another_recipe_or_other_images_are_no_seeds_of_a_study(models, tmp_path):
+    """What a record lacks has its default, so that old records are of the study as well."""
+    for seed, activation in itertools.product((3, 4), ("relu", "swish")):
+        folder = add_network(models, activation, seed, range(300 + seed))
+        change_record(folder, lambda record: record["settings"].update(lr_max=0.8, momentum=0.0))
+    copied = add_network(models, "relu", 5, range(300))
+    change_record(copied, lambda record: record.update(dataset={"name": "cifar10"}))
+    assert len(studies(read_results(models))) == 2
+    data = {"name": "cifar10", "train_fingerprint": "other"}
+    change_record(copied, lambda record: record.update(dataset=data))
+    first, second, third = studies(read_results(models))
+    assert first.seeds == {"relu": 3, "swish": 3, "kaf": 3}
+    assert second.seeds == {"relu": 2, "swish": 2} and third.seeds == {"relu": 1}
+    titles = compare.titles_of([first, second])
+    assert [title.partition(", PGD")[2] for title in titles] == [
+        ", lr_max 0.2, momentum 0.9",
+        ", lr_max 0.8, momentum 0",
+    ]
+
+
 def test_a_seed_that_is_there_twice_is_refused(models):
     add_network(models, "relu", 1, range(500), name="again")
     with pytest.raises(InputError, match="both relu, seed 1") as error:
@@ -301,6 +362,35 @@ def test_claims_are_of_rapid_where_pgd_has_one_seed_of_each(tmp_path, capsys):
     assert "(15 epochs of fast adversarial training), rapid\n" in printed
     assert "Swish is the most robust Swish    ReLU 2 / 2" in printed and "+6.0" in printed
     assert "under PGD-50-10" in printed  # the pairs, of the attack that was asked for
+
+
+def test_a_few_results_of_a_stronger_attack_do_not_take_the_claims_from_rapid(tmp_path):
+    """Three seeds of each under rapid; AutoAttack on 100 images of ReLU, then of Swish as well."""
+    models, readme = tmp_path / "models", tmp_path / "README.md"
+    readme.write_text("<!-- answer -->\n<!-- /answer -->\n")
+
+    def attack(folder, name, n):
+        index = np.arange(n)
+        attacked = result(index < 0.7 * n, index < 0.3 * n, AttackSettings(name), model=folder.name)
+        attacked.write(folder / "robustness")
+
+    for seed, activation in itertools.product(range(3), ("relu", "swish")):
+        folder = add_network(models, activation, seed, range(400))
+        if seed:
+            shutil.rmtree(folder / "robustness")
+        attack(folder, "rapid", N)
+    for others in (("relu_seed0", "relu_seed1"), ("swish_seed0",)):
+        for name in others:
+            attack(models / f"net_{name}", "autoattack", 100)
+        results = read_results(models)
+        (one,) = compare.tables_of_studies(results, "pgd_true")
+        assert one.study.kind == "rapid" and one.study.size == (2, 6, N)
+        assert compare.main([str(models), "--answer", str(readme)]) == 0
+        assert "| Swish | 3 | 70.0 (" in readme.read_text()
+        attacked = [study for kind in TRUE_LABELS for study in studies(results, kind)]
+        assert {(study.kind, study.size) for study in report.main_studies(attacked)} == {
+            ("rapid", one.study.size)
+        }
 
 
 def test_verdicts_of_several_studies_stand_side_by_side(models):

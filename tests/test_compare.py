@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -13,8 +14,18 @@ import matplotlib.pyplot as plt
 from fabricated import result, training_record, write_training
 
 from kaf_study import InputError, compare
-from kaf_study.attacks.registry import AttackSettings
-from kaf_study.cards import conclusion, markdown_table, model_cards, shown, shown_rapid
+from kaf_study.attacks.registry import LABELS, AttackSettings
+from kaf_study.cards import (
+    conclusion,
+    markdown_table,
+    model_cards,
+    notes,
+    points,
+    shown,
+    shown_pairs,
+    shown_rapid,
+)
+from kaf_study.model_folder import COPIES
 from kaf_study.records import read_results
 from kaf_study.tables import (
     against,
@@ -23,6 +34,7 @@ from kaf_study.tables import (
     model_table,
     paired_tests,
     rapid_beside_stronger,
+    read_outcomes,
 )
 
 N = 100
@@ -180,6 +192,18 @@ def test_several_attacks_together_are_tested_on_their_own_results(models, capsys
     assert "10 / 20" in text and "with net_swish, under PGD-50-10" in text
 
 
+def test_a_difference_of_nothing_has_no_minus_sign():
+    pairs = pd.DataFrame(
+        {"model": ["a"], "reference": "c", "only_model": 4, "only_reference": 4}
+        | dict.fromkeys(("robust_difference", "clean_difference", "high"), -0.0004)
+        | {"low": -0.02, "p_holm": 1.0, "clean_p_holm": 1.0}
+    )
+    cells = shown_pairs(pairs)
+    assert cells["robust, points"] == cells["clean, points"] == ["+0.0"]
+    assert cells["95 %"] == ["-2.0 to +0.0"]
+    assert (points(-0.0004, ""), points(0.058), points(float("nan"))) == ("0.0", "+5.8", "–")
+
+
 def test_conclusion_names_what_is_told_apart(models):
     far = add_model(models, "elu")
     add_result(far, [])
@@ -228,7 +252,7 @@ def test_rapid_and_autoattack_stand_beside_the_suite_each_under_its_name(models)
     assert "| 40.0 ± 4.9 | 39.0 ± 4.9 | 38.0 ± 4.9 |" in lines[3]
     assert "| – | – | 30.0 ± 4.6 |" in lines[4]
     assert any(line.startswith("Rapid: ") and "not AutoAttack" in line for line in lines)
-    cards = model_cards(read_results(models), models)
+    cards = model_cards(read_results(models), models, into="cards.md")
     assert "| pgd_acc | suite_acc | rapid_acc | autoattack_acc |" in cards
     assert "| 40.0 | 39.0 | 38.0 |" in cards
     assert "pgd_acc, suite_acc and rapid_acc: robust accuracy, true labels; not Auto" in cards
@@ -293,20 +317,37 @@ def test_rapid_is_counted_beside_stronger_attacks_on_the_images_of_both(models, 
 
 
 def test_cards_name_the_training_that_the_probe_ended(models, tmp_path):
-    """Counted from 1, as a reader counts; those that came through (None) are not named."""
-    record = training_record(seed=7)
-    record["results"]["catastrophic_overfitting_in_epoch"] = 1
-    ended = write_training(tmp_path / "ended_early", record)
-    cards = model_cards(read_results(models), models, ended)
-    assert "ended_early was stopped by the probe in epoch 2" in cards
-    assert "stands in for seed 7." in cards and cards.count("was stopped by the probe") == 1
+    """Counted from 1, as a reader counts; those that came through (None) are not named.
+
+    Another seed stands in for it only if it is there, of the same training, and came through.
+    """
+    folders = []
+    for seed in (7, 8):
+        record = training_record(seed=seed)
+        record["results"]["catastrophic_overfitting_in_epoch"] = 1
+        folders.append(write_training(tmp_path / f"ended_early_{seed}", record))
+    results = read_results(models)  # of a KAF trained on another data set
+    ended = "ended_early_7 was stopped by the probe in epoch 2 (catastrophic overfitting)"
+    cards = model_cards(results, models, *folders, into="cards.md")
+    assert f"{ended}.\n" in cards and cards.count("was stopped by the probe") == 2
+    folders.append(write_training(tmp_path / "came_through", training_record(seed=9)))
+    cards = model_cards(results, models, *folders, into="cards.md")
+    assert f"{ended}; another seed stands in for seed 7.\n" in cards
+
+
+def test_cards_tell_the_command_that_made_them(models, monkeypatch):
+    monkeypatch.chdir(models.parent)
+    given = ["models/net_kaf", "models/net_relu/", "--cards", "my cards.md"]
+    assert compare.main(given) == 0
+    command = "robustness_eval.py compare models/net_kaf models/net_relu --cards 'my cards.md'"
+    assert f"\n`python {command}`\n" in Path("my cards.md").read_text()
 
 
 def test_autoattack_alone_makes_a_table(tmp_path):
     add_result(add_model(tmp_path, "relu"), range(40), attack="autoattack")
     table = model_table(read_results(tmp_path))
     assert table.loc[0, "autoattack"] == 0.4 and table.loc[0, "clean_accuracy"] == 0.9
-    assert "rapid_acc" not in model_cards(read_results(tmp_path), tmp_path)
+    assert "rapid_acc" not in model_cards(read_results(tmp_path), tmp_path, into="cards.md")
 
 
 def test_protocols_do_not_mix(models):
@@ -317,10 +358,53 @@ def test_protocols_do_not_mix(models):
     assert table.set_index("model").loc["net_kaf", "pgd_true"] == 0.42
 
 
-def test_different_images_are_refused(models):
+def test_other_images_of_a_data_set_are_another_protocol(models):
+    """As many images of the same name, but not the same: the ones that most models have are taken.
+
+    What the table does not do is refused, if it is asked for.
+    """
+    shutil.rmtree(models / "net_kaf" / "robustness")
     add_result(models / "net_kaf", range(42), fingerprint="others")
-    with pytest.raises(InputError, match="net_kaf and net_swish were attacked on different images"):
-        against("net_swish", model_table(read_results(models)))
+    table = model_table(results := read_results(models))
+    assert sorted(table["model"]) == ["net_relu", "net_swish"]
+    assert list(against("net_swish", table)["model"]) == ["net_relu"]
+    assert compare.main([str(models)]) == 0
+    paths = {Path(row.folder).name: row.path for row in results.itertuples()}
+    with pytest.raises(InputError, match="net_kaf and net_relu were attacked on different images"):
+        read_outcomes({name: paths[name] for name in ("net_relu", "net_kaf")}, "net_relu")
+
+
+def test_attacks_on_as_many_images_are_on_the_same_ones(models):
+    for activation, images in (("relu", "others"), ("swish", "others"), ("kaf", "f")):
+        folder = models / f"net_{activation}"
+        add_result(folder, range(30), attack="rapid", fingerprint=images)
+        add_result(folder, range(9), attack="suite", n=50, correct=40, fingerprint="first 50")
+    table = model_table(read_results(models)).set_index("activation")
+    assert table.loc["kaf", "rapid"] == 0.3 and table.loc[["relu", "swish"], "rapid"].isna().all()
+    assert (table["suite"] == 9 / 50).all()
+
+
+def test_images_are_named_by_what_was_attacked(models):
+    """Not by what the networks were trained on, nor by the data set that they are a copy of."""
+    validation, first_500, first_1000, _ = COPIES
+
+    def told():
+        (line, *_) = notes(model_table(read_results(models)))
+        return line.partition(" (n: ")[0].removeprefix("Percent of the first test images of ")
+
+    folders = [models / f"net_{activation}" for activation in ("relu", "swish", "kaf")]
+    for folder in folders:
+        record = json.loads((folder / "training.json").read_text())
+        record["dataset"]["validation_fingerprint"] = validation
+        (folder / "training.json").write_text(json.dumps(record))
+    assert told() == "CIFAR-10"
+    add_result(folders[0], range(9), attack="rapid", n=50, correct=40, fingerprint=first_500)
+    assert told() == "CIFAR-10 and a JPEG copy of CIFAR-10"
+    for folder in folders:
+        for labels in LABELS:
+            add_result(folder, range(40), labels=labels, fingerprint=first_1000)
+        (folder / "training.json").unlink()
+    assert told() == "a JPEG copy of CIFAR-10"
 
 
 def test_results_of_other_weights_are_refused(models, capsys):

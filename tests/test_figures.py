@@ -317,7 +317,7 @@ def test_models_that_differ_in_nothing_named_are_named_by_their_folders(tmp_path
 def test_titles_say_what_the_models_were_trained_on(models):
     one, *_ = trained_models(models)
     assert common_training([one]) == "ResNet20 on CIFAR-10 (3 epochs of fast adversarial training)"
-    (copy,) = COPIES
+    copy, *_ = COPIES
     one.record["dataset"] = {"validation_fingerprint": copy}
     one.settings["epsilon"] = 0.0
     ordinary = "ResNet20 on a JPEG copy of CIFAR-10 (3 epochs of ordinary training)"

@@ -17,8 +17,8 @@ from kaf_study.attacks.registry import LABELS
 from kaf_study.claims import claims_table, means, studies
 from kaf_study.latex import listed
 from kaf_study.lr_policy import LRFinderResult
-from kaf_study.model_folder import trained_models
-from kaf_study.records import Evaluation, is_kept, read_results
+from kaf_study.model_folder import dataset_label, trained_models
+from kaf_study.records import FORMAT, Evaluation, is_kept, read_json, read_results
 from kaf_study.tables import original_table
 
 ROOT = Path(__file__).parents[1]
@@ -35,25 +35,27 @@ def test_python_blocks_run():
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_tables_are_those_of_the_result_files(tmp_path):
+def test_tables_are_those_of_the_result_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
     copy, readme = tmp_path / "RESULTS.md", tmp_path / "README.md"
     copy.write_text(RESULTS, encoding="utf-8")
     readme.write_text(README, encoding="utf-8")
     cards = tmp_path / "cards.md"
     arguments = [
-        str(ROOT / "models"),
-        str(ROOT / "pilots/relu_seed1"),
+        "models/",
+        "pilots/relu_seed1",
         "--into",
         str(copy),
         "--answer",
         str(readme),
         "--originals",
-        str(ROOT / "results/original"),
+        "results/original",
         "--cards",
         str(cards),
     ]
     assert compare.main(arguments) == 0
-    assert cards.read_text() == (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+    told = cards.read_text().replace(str(cards), "models/README.md")
+    assert told == (ROOT / "models" / "README.md").read_text(encoding="utf-8")
     assert copy.read_text(encoding="utf-8") == RESULTS
     assert readme.read_text(encoding="utf-8") == README
 
@@ -155,6 +157,14 @@ def test_tables_of_the_original_networks_are_those_of_the_result_files(tmp_path)
     below, above = relu - kafs.min(), kafs.max() - relu
     others = f"those with KAFs between {below:.1f} below and {above:.1f} above it"
     assert others in README_TEXT
+
+
+def test_every_result_is_known_as_of_the_copy():
+    paths = [*ROOT.glob("models/*/robustness/*.json"), *ROOT.glob("results/original/*/*.json")]
+    summaries = [read_json(path) for path in paths]
+    data = [one["dataset"] for one in summaries if one.get("format") == FORMAT]
+    labels = {dataset_label(one["name"], one["fingerprint"]) for one in data}
+    assert len(data) > 80 and labels == {"a JPEG copy of CIFAR-10"}
 
 
 def test_every_original_network_is_told_of_with_its_interval():

@@ -312,7 +312,7 @@ def test_whatever_training_json_holds_is_read_or_refused_in_one_line(tmp_path):
     def use(folder):
         trained_models(folder)
         tables.model_table(results)
-        cards.model_cards(results, folder)
+        cards.model_cards(results, folder, into="cards.md")
 
     use(folder)
     for name, change in mutations(record):
@@ -354,6 +354,20 @@ def test_settings_that_are_missing_or_unknown_are_named(lost, new, told, tmp_pat
     record["settings"] |= {new: 1} if new else {}
     with pytest.raises(InputError, match=told):
         read_training(write_training(tmp_path / "m", record) / "training.json")
+
+
+def test_what_a_record_may_lack_has_its_default_where_it_is_read(tmp_path):
+    folder = write_training(tmp_path / "net")
+    results = read_training(folder / "training.json")["results"]
+    assert results["catastrophic_overfitting_in_epoch"] is None and results["probe_n"] == 512
+    assert "validation_pgd" not in results  # has none
+    path = write(folder)
+    content = json.loads(path.read_text())
+    del content["model"], content["model_sha256"]
+    path.write_text(json.dumps(content))
+    summary = Evaluation.read(path).summary
+    assert summary["model"] is None and summary["model_sha256"] is None
+    assert "60.0 +- 11.0 %" in results_table([summary])
 
 
 def test_no_training_took_less_than_no_time(tmp_path):

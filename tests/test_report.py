@@ -14,10 +14,12 @@ import pandas as pd
 import pytest
 from fabricated import result, training_record, write_training
 
-from kaf_study import records, report, report_original, report_tests, tables
+from kaf_study import InputError, report, report_original, report_tests, tables
 from kaf_study.attacks.registry import ATTACKS, AttackSettings
 from kaf_study.cards import told_apart
+from kaf_study.claims import studies
 from kaf_study.latex import latex, span, tabular
+from kaf_study.records import read_results
 
 ROOT = Path(__file__).parents[1]
 THESIS = ROOT / "thesis"
@@ -293,6 +295,31 @@ def test_sentences_follow_the_verdicts(clone):
     assert numbers["OriginalOverSeeds"] == nothing
 
 
+def test_records_may_lack_what_came_later(clone):
+    """The images of a training, and whether it was stopped: a dash, no number that is made up."""
+    folder, _ = clone
+    pilot = write_training(folder / "pilots" / "early", training_record())
+    for path in [pilot, *(folder / "models").iterdir()]:
+        record = json.loads((path / "training.json").read_text())
+        del record["dataset"]
+        (path / "training.json").write_text(json.dumps(record))
+        history = pd.read_csv(path / "history.csv").assign(accuracy=0.5)
+        history.to_csv(path / "history.csv", index=False)
+    numbers, tables = numbers_of(folder)
+    assert (numbers["TrainImages"], numbers["ValidationImages"]) == ("–", "–")
+    (row,) = [line for line in tables["pilots"].splitlines() if line.startswith("early &")]
+    assert row.endswith(r"& -- \\")
+
+
+def test_activations_of_no_claim_are_refused_in_one_line(clone):
+    folder, _ = clone
+    for name in ("swish", "kaf"):
+        shutil.rmtree(folder / f"models/cifar10_resnet20_{name}_seed0")
+    (study,) = studies(read_results(folder / "models"), "rapid")
+    with pytest.raises(InputError, match=r"no claim is of two .*; there are ReLU$"):
+        report_tests.verdicts(report.Report(), study, pd.DataFrame())
+
+
 def test_attacks_without_labels_on_original_networks_are_told_of(clone):
     folder, _ = clone
     before, _ = numbers_of(folder)
@@ -324,7 +351,7 @@ def test_two_states_of_a_training_are_one_of_the_activation(clone):
         "The two files of KAF are right or wrong together on"
     )
     assert numbers["HalfOthers"] == "0.4" and numbers["HalfRidge"] == "–"
-    table = tables.original_table(records.read_results(place))
+    table = tables.original_table(read_results(place))
     seeds = report_original.of_each_training(table)
     assert sorted(seeds["activation"]) == ["kaf", "relu", "swish"]
 

@@ -5,6 +5,7 @@ markers of a text. A table, as text, is {header: cells}.
 """
 
 import itertools
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ import pandas as pd
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
 from kaf_study.attacks import registry
-from kaf_study.claims import MEASURES, Study
+from kaf_study.claims import MEASURES, Study, training_of
 from kaf_study.files import write_atomically
-from kaf_study.model_folder import DATASET_LABELS, TrainedModel, common_training, trained_models
+from kaf_study.model_folder import TrainedModel, common_training, dataset_label, trained_models
 from kaf_study.paired import LEVEL
 from kaf_study.records import percent
 from kaf_study.seeds import MARGIN
 from kaf_study.tables import KINDS, model_table, pgd_name
 
 Columns = Mapping[Any, Sequence[object]]
+NONE = "–"  # in place of a figure
 
 # Kinds of results of several attacks: what they are, and their name in a text.
 WHAT_COMBINED = {
@@ -41,6 +43,15 @@ def kind_of_attack(name: str) -> str:
     return "pgd_true" if name == "pgd" else name
 
 
+def points(value: float, sign: str = "+") -> str:
+    """A fraction in percent or points; z: no "-0.0"."""
+    return NONE if pd.isna(value) else f"{100 * value:{sign}z.1f}"
+
+
+def all_points(values: Iterable[float]) -> list[str]:
+    return [points(value) for value in values]
+
+
 # --------------------------------------------------------------------------- the table of models
 
 
@@ -49,10 +60,10 @@ def shown(table: pd.DataFrame) -> dict[str, list[str]]:
     chosen, n = table.attrs["chosen"], table.attrs["n"]
 
     def accuracy(column, kind):
-        return ["–" if pd.isna(v) else percent(v, n[kind]) for v in table[column]]
+        return [NONE if pd.isna(v) else percent(v, n[kind]) for v in table[column]]
 
     def plain(column, pattern, factor=1):
-        return ["–" if pd.isna(v) else pattern.format(factor * v) for v in table[column]]
+        return [NONE if pd.isna(v) else pattern.format(factor * v) for v in table[column]]
 
     cells = {
         "model": list(table["model"]),
@@ -105,12 +116,10 @@ def notes(
 
 
 def _dataset(chosen: Mapping[str, pd.DataFrame]) -> str:
-    rows = next(iter(chosen.values()))
-    name = rows["dataset"].iloc[0]
-    plain = DATASET_LABELS.get(name, name)
-    trained_on = {model.dataset_label for model in rows["training"] if model is not None}
-    copies = sorted(label for label in trained_on if label != plain and label.endswith(plain))
-    return copies[0] if copies else plain
+    """What was attacked, whatever the models were trained on: "CIFAR-10", or several of such."""
+    first = [rows.iloc[0] for rows in chosen.values()]
+    labels = dict.fromkeys(f"{dataset_label(r['dataset'], r['fingerprint'])}" for r in first)
+    return " and ".join(labels)
 
 
 # --------------------------------------------------------------------------- paired tests
@@ -120,16 +129,13 @@ def shown_pairs(pairs: pd.DataFrame) -> dict[str, list[str]]:
     """Differences of `tables.against` as text, in points."""
     return {
         f"against {pairs['reference'].iloc[0]}": list(pairs["model"]),
-        "robust, points": [f"{100 * d:+.1f}" for d in pairs["robust_difference"]],
-        "95 %": [
-            f"{100 * a:+.1f} to {100 * b:+.1f}"
-            for a, b in zip(pairs["low"], pairs["high"], strict=True)
-        ],
+        "robust, points": all_points(pairs["robust_difference"]),
+        "95 %": _intervals(pairs["low"], pairs["high"], "+"),
         "stand under this / the reference alone": [
             f"{b} / {c}" for b, c in zip(pairs["only_model"], pairs["only_reference"], strict=True)
         ],
         "p (Holm)": [shown_p(p) for p in pairs["p_holm"]],
-        "clean, points": [f"{100 * d:+.1f}" for d in pairs["clean_difference"]],
+        "clean, points": all_points(pairs["clean_difference"]),
         "clean, p (Holm)": [shown_p(p) for p in pairs["clean_p_holm"]],
     }
 
@@ -191,7 +197,7 @@ def shown_rapid(beside: pd.DataFrame) -> dict[str, list[str]]:
         "stand under rapid": [f"{n:,}" for n in frame["rapid"]],
         "felled by it alone": [str(n) for n in frame["only_stronger"]],
         "felled by rapid alone": [str(n) for n in frame["only_rapid"]],
-        "rapid's figure is higher by, points": _points(
+        "rapid's figure is higher by, points": all_points(
             (frame["rapid"] - frame["stronger"]) / frame["n"]
         ),
     }
@@ -228,7 +234,7 @@ def shown_answer(table: pd.DataFrame, architecture: str) -> dict[str, list[str]]
         for name in table["activation"]
     ]
     answer["published: clean / robust*"] = [
-        f"{100 * both[0]:.2f} / {100 * both[1]:.2f}" if both else "–" for both in published
+        f"{100 * both[0]:.2f} / {100 * both[1]:.2f}" if both else NONE for both in published
     ]
     return answer
 
@@ -244,11 +250,11 @@ def shown_claims(table: pd.DataFrame) -> dict[str, list[str]]:
         "seeds": list(table["seeds"]),
     }
     if table["published"].notna().any():
-        cells["published*"] = _points(table["published"])
+        cells["published*"] = all_points(table["published"])
     if _has_originals(table):
-        cells["original networks"] = _points(table["original"])
+        cells["original networks"] = all_points(table["original"])
     return cells | {
-        "here": _points(table["difference"]),
+        "here": all_points(table["difference"]),
         "95 %": _intervals(table["low"], table["high"], "+"),
         "verdict": [
             f"{said}: {why}" if why else said
@@ -277,11 +283,11 @@ def shown_verdicts(tables: Mapping[str, pd.DataFrame]) -> dict[str, list[str]]:
     for heading, table in zip(_without_common_end(list(tables)), tables.values(), strict=True):
         texts = [
             f"{point}, {said}"
-            for point, said in zip(_points(table["difference"]), table["verdict"], strict=True)
+            for point, said in zip(all_points(table["difference"]), table["verdict"], strict=True)
         ]
         found = dict(zip(table[pair].itertuples(index=False, name=None), texts, strict=True))
         keys = rows[pair].itertuples(index=False, name=None)
-        cells[heading] = [found.get(key, "–") for key in keys]
+        cells[heading] = [found.get(key, NONE) for key in keys]
     return cells
 
 
@@ -296,14 +302,9 @@ def _has_originals(claims: pd.DataFrame) -> bool:
     return "original" in claims and bool(claims["original"].notna().any())
 
 
-def _points(values: Iterable[float]) -> list[str]:
-    # + 0.0: no "-0.0"
-    return ["–" if pd.isna(value) else f"{round(100 * value, 1) + 0.0:+.1f}" for value in values]
-
-
 def _intervals(lows: Iterable[float], highs: Iterable[float], sign: str = "") -> list[str]:
     return [
-        f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}" if np.isfinite(high - low) else "–"
+        f"{points(low, sign)} to {points(high, sign)}" if np.isfinite(high - low) else NONE
         for low, high in zip(lows, highs, strict=True)
     ]
 
@@ -350,12 +351,13 @@ def markdown_claims(study: Study, averages: pd.DataFrame, claims: pd.DataFrame) 
 # --------------------------------------------------------------------------- model cards
 
 
-def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
+def model_cards(results: pd.DataFrame, *folders: str | Path, into: str | Path) -> str:
     """Markdown for models/README.md: one row per model; RobustBench's model_info keys where any.
 
     Args:
         results: of `read_results`.
         folders: whose trained models are listed, also those without results of the protocol.
+        into: the file that the text is written to; it tells the command.
     """
     table = model_table(results)
     rows_of = next(iter(table.attrs["chosen"].values()))
@@ -373,12 +375,13 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
     frame = pd.DataFrame.from_dict(rows, orient="index")
     others = "pgd_acc, suite_acc and rapid_acc" if "rapid" in chosen else "pgd_acc and suite_acc"
     columns = {"model": list(frame.index), **{c: list(frame[c]) for c in frame}}
+    given = shlex.join([*(str(Path(folder)) for folder in folders), "--cards", str(into)])
     return "\n".join(
         [
             "# Models",
             "",
             "Generated from `training.json` and the result files by",
-            "`python robustness_eval.py compare models pilots/relu_seed1 --cards models/README.md`",
+            f"`python robustness_eval.py compare {given}`",
             "(do not edit).",
             "",
             markdown(columns),
@@ -388,7 +391,7 @@ def model_cards(results: pd.DataFrame, *folders: str | Path) -> str:
             f"{others}: robust accuracy, true labels; not AutoAttack's.",
             "A dash: not attacked in this way. train_eps 0/255: ordinary training.",
             *exceptions(list(trained.values())),
-            *stopped(trained.values()),
+            *stopped(list(trained.values())),
             "Keys follow RobustBench's model_info where it has one. sha256 is of `model.keras`.",
             "",
         ]
@@ -408,25 +411,22 @@ def _card(
     epochs, parameters = (record["results"].get(k) for k in ("epochs_trained", "parameters"))
     sha256 = row.model_sha256 if row else record.get("model_sha256")  # a stopped run has no weights
 
-    def percent(value):
-        return "–" if pd.isna(value) else f"{100 * value:.1f}"
-
     return {
-        "architecture": settings.get("architecture", "–"),
-        "activation": ACTIVATION_LABELS.get(activation, activation or "–"),
+        "architecture": settings.get("architecture", NONE),
+        "activation": ACTIVATION_LABELS.get(activation, activation or NONE),
         "dataset": settings.get("dataset", protocol["dataset"]),
         "eps": f"{255 * protocol['epsilon']:g}/255",
-        "clean_acc": percent(row.clean_accuracy if row else None),
-        "pgd_acc": percent(row.pgd_true if row else None),
-        **{f"{kind}_acc": percent(getattr(row, kind) if row else None) for kind in combined},
-        "epochs": f"{epochs}" if epochs else "–",
-        "optimizer": settings.get("optimizer", "–"),
-        "lr_max": settings.get("lr_max", "–"),
-        "train_eps": f"{255 * settings['epsilon']:g}/255" if "epsilon" in settings else "–",
-        "seed": settings.get("seed", "–"),
+        "clean_acc": points(row.clean_accuracy if row else np.nan, ""),
+        "pgd_acc": points(row.pgd_true if row else np.nan, ""),
+        **{f"{kind}_acc": points(getattr(row, kind) if row else np.nan, "") for kind in combined},
+        "epochs": f"{epochs}" if epochs else NONE,
+        "optimizer": settings.get("optimizer", NONE),
+        "lr_max": settings.get("lr_max", NONE),
+        "train_eps": f"{255 * settings['epsilon']:g}/255" if "epsilon" in settings else NONE,
+        "seed": settings.get("seed", NONE),
         "additional_data": "False",
-        "parameters": f"{parameters:,}" if parameters else "–",
-        "sha256": f"`{sha256[:12]}`" if sha256 else "–",
+        "parameters": f"{parameters:,}" if parameters else NONE,
+        "sha256": f"`{sha256[:12]}`" if sha256 else NONE,
     }
 
 
@@ -454,14 +454,23 @@ def exceptions(models: Iterable[TrainedModel]) -> list[str]:
     return sentences
 
 
-def stopped(models: Iterable[TrainedModel]) -> list[str]:
-    """Sentences on trainings that the probe ended, whose seed another one stands in for."""
-    key = "catastrophic_overfitting_in_epoch"  # counted from 0
+def stopped(models: Sequence[TrainedModel]) -> list[str]:
+    """Sentences on trainings that the probe ended, and whether another seed stands in for each."""
+
+    def stopped_in(model):  # counted from 0
+        return model.record["results"].get("catastrophic_overfitting_in_epoch")
+
+    def study(model):
+        return model.activation, training_of(model)
+
+    whole = [study(model) for model in models if stopped_in(model) is None]
     return [
-        f"{model.folder.name} was stopped by the probe in epoch {model.record['results'][key] + 1} "
-        f"(catastrophic overfitting); another seed stands in for seed {model.settings['seed']}."
+        f"{model.folder.name} was stopped by the probe in epoch {stopped_in(model) + 1} "
+        "(catastrophic overfitting)"
+        + f"; another seed stands in for seed {model.settings['seed']}" * (study(model) in whole)
+        + "."
         for model in models
-        if model.record["results"].get(key) is not None
+        if stopped_in(model) is not None
     ]
 
 

@@ -6,7 +6,8 @@ images and seeds, corrected within the claim.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from kaf_study.activations import (
     STUDIED,
     is_trained_kaf,
 )
+from kaf_study.config import TrainConfig
 from kaf_study.model_folder import TrainedModel, with_training
 from kaf_study.paired import LEVEL
 from kaf_study.seeds import (
@@ -52,8 +54,11 @@ WORDS = {
         (UNDECIDED, "undecided"),
     )
 }
-# Networks that agree in these are of one study: they differ in activation and seed.
-ALIKE = ("dataset", "architecture", "epsilon", "epochs", "optimizer")
+# Networks of one study differ in these settings: seed, activation, and what is its own.
+MAY_DIFFER = {
+    "activation", "seed", "deterministic",
+    "dictionary_size", "shapes_of", "kwta_anneal_from", "kwta_anneal_every",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,24 @@ CLAIMS = (
 # --------------------------------------------------------------------------- networks of one study
 
 
+def training_of(model: TrainedModel) -> dict[str, Any]:
+    """What networks of one study have in common: {setting: value}, and the training images."""
+    names = [field.name for field in fields(TrainConfig) if field.name not in MAY_DIFFER]
+    return {name: model.settings[name] for name in names} | {
+        "train_fingerprint": model.record.get("dataset", {}).get("train_fingerprint")
+    }
+
+
 @dataclass(frozen=True)
 class Study:
     """Networks trained alike but for activation and seed, attacked on the same n images.
 
     results: {"clean": {activation: bool (seeds, n)}, "robust": the same}. lender: of one seed of
-    each activation, the study whose spread between seeds is taken to be this one's too.
+    each activation, the study whose spread between seeds is taken to be this one's too. kind: of
+    attack, of `kaf_study.tables.TRUE_LABELS`.
     """
 
+    kind: str
     models: tuple[TrainedModel, ...]
     n: int
     results: Mapping[str, Outcomes]
@@ -131,6 +146,16 @@ class Study:
         return max(self.seeds.values()) > 1
 
     @property
+    def has_claims(self) -> bool:
+        """Whether both activations of any pair of `CLAIMS` are there."""
+        return any(self.seeds.keys() >= set(pair) for claim in CLAIMS for pair in claim.pairs)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """How many activations, networks and images."""
+        return len(self.seeds), len(self.models), self.n
+
+    @property
     def noise(self) -> dict[str, Spread]:
         """{measure: how networks differ from seed to seed}, its own or the lender's."""
         return {measure: spread(x) for measure, x in (self.lender or self).results.items()}
@@ -140,17 +165,34 @@ def studies(results: pd.DataFrame, kind: str = "pgd_true") -> list[Study]:
     """The studies among results; models without a training record are in none.
 
     Args:
-        results: of `kaf_study.records.read_results`. kind: of `kaf_study.tables.KINDS`.
+        results: of `kaf_study.records.read_results`. kind: of `kaf_study.tables.TRUE_LABELS`.
     """
     rows = chosen_results(with_training(results)).get(kind)
     groups: dict[tuple, list[tuple[TrainedModel, str]]] = {}
     if rows is not None:
         for model, path in zip(rows["training"], rows["path"], strict=True):
             if model is not None:
-                alike = tuple(model.settings.get(name) for name in ALIKE)
+                alike = tuple(training_of(model).values())
                 groups.setdefault(alike, []).append((model, path))
-    found = [_study(group) for group in groups.values()]
+    found = [_study(kind, group) for group in groups.values()]
     return [study if study.has_several_seeds else _with_lender(study, found) for study in found]
+
+
+def main_study(found: Iterable[Study]) -> Study:
+    """The study by which the claims are tested, and thus the kind of attack.
+
+    Of those that have claims and several seeds: of most activations, then networks, then images,
+    and of equals the first. Where there is none: one that has claims and a lender, or claims alone.
+    """
+    return max(
+        found,
+        key=lambda study: (
+            study.has_claims,
+            study.has_several_seeds,
+            study.lender is not None,
+            *study.size,
+        ),
+    )
 
 
 def _with_lender(study: Study, others: Iterable[Study]) -> Study:
@@ -163,7 +205,7 @@ def _with_lender(study: Study, others: Iterable[Study]) -> Study:
     return replace(study, lender=max(lenders, key=lambda one: len(one.models), default=None))
 
 
-def _study(group: list[tuple[TrainedModel, str]]) -> Study:
+def _study(kind: str, group: list[tuple[TrainedModel, str]]) -> Study:
     """Of models that were trained alike, each with its result."""
     models: dict[tuple[str, int], TrainedModel] = {}
     for model, _ in group:
@@ -182,7 +224,7 @@ def _study(group: list[tuple[TrainedModel, str]]) -> Study:
         frames = [found[str(models[key].folder)] for key in sorted(models) if key[0] == name]
         for measure in MEASURES:
             stacked[measure][name] = np.stack([frame[measure].to_numpy() for frame in frames])
-    return Study(tuple(models.values()), len(next(iter(found.values()))), stacked)
+    return Study(kind, tuple(models.values()), len(next(iter(found.values()))), stacked)
 
 
 # --------------------------------------------------------------------------- tables

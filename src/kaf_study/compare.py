@@ -4,7 +4,6 @@ python robustness_eval.py compare models/
 python robustness_eval.py compare models/ --into RESULTS.md --cards models/README.md
 """
 
-import io
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,12 +36,26 @@ from kaf_study.cards import (
     shown_rapid,
     shown_verdicts,
 )
-from kaf_study.claims import Study, beside_originals, claims_table, means, studies
+from kaf_study.claims import (
+    Study,
+    beside_originals,
+    claims_table,
+    main_study,
+    means,
+    studies,
+    training_of,
+)
 from kaf_study.figures import accuracy_robustness_scatter, save
 from kaf_study.files import make_writable, write_atomically
 from kaf_study.model_folder import common_training
 from kaf_study.records import read_results
-from kaf_study.tables import model_table, original_table, paired_tests, rapid_beside_stronger
+from kaf_study.tables import (
+    TRUE_LABELS,
+    model_table,
+    original_table,
+    paired_tests,
+    rapid_beside_stronger,
+)
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
@@ -129,7 +142,8 @@ def run(arguments: Namespace) -> None:
         put_table_into(arguments.answer, answer(found), "answer")
     if arguments.cards:
         make_writable(Path(arguments.cards).parent)
-        write_atomically(Path(arguments.cards), model_cards(results, *arguments.folders).encode())
+        cards = model_cards(results, *arguments.folders, into=arguments.cards)
+        write_atomically(Path(arguments.cards), cards.encode())
 
 
 class StudyTables(NamedTuple):
@@ -142,30 +156,48 @@ class StudyTables(NamedTuple):
 def tables_of_studies(
     results: pd.DataFrame, kind: str, originals: pd.DataFrame | None = None
 ) -> list[StudyTables]:
-    """Means and verdicts of each study that has several seeds of an activation, under an attack.
+    """Means and verdicts of each study that has claims and several seeds of an activation.
 
-    Under the attack `kind` or, where all studies have one seed of each under that, under AutoAttack
-    or `rapid`. Beside them those with one seed of each that a study with several can lend its
-    spread between seeds.
+    All are of the kind of attack of the `main_study`; of equal ones that under `kind`. Beside them
+    those with one seed of each that a study with several can lend its spread between seeds.
     """
-    for attack in dict.fromkeys((kind, "autoattack", "rapid")):
-        attacked = studies(results, attack)
-        several = [study for study in attacked if study.has_several_seeds or study.lender]
-        if several:
-            break
-    name = COMBINED.get(attack, "PGD")
-    titles = [f"{common_training(study.models)}, {name}" for study in several]
+    kinds = dict.fromkeys((kind, *TRUE_LABELS))
+    attacked = [study for attack in kinds for study in studies(results, attack)]
+    if not attacked:
+        return []
+    main = main_study(attacked)
+    tested = [
+        study
+        for study in attacked
+        if study.kind == main.kind
+        and study.has_claims
+        and (study.has_several_seeds or study.lender)
+    ]
     found = []
-    for title, study in zip(titles, several, strict=True):
-        if titles.count(title) > 1:
-            settings = study.models[0].settings
-            title += f", {settings.get('optimizer')}, eps {255 * settings['epsilon']:g}/255"
+    for title, study in zip(titles_of(tested), tested, strict=True):
         claims = claims_table(study)
         if originals is not None:
             claims = beside_originals(claims, originals, study.architecture)
-        if len(claims):
-            found.append(StudyTables(title, study, means(study), claims))
+        found.append(StudyTables(title, study, means(study), claims))
     return found
+
+
+def titles_of(tested: Sequence[Study]) -> list[str]:
+    """How each was trained and attacked; of those that this names alike, also what differs."""
+    names = [
+        f"{common_training(study.models)}, {COMBINED.get(study.kind, 'PGD')}" for study in tested
+    ]
+    trainings = [training_of(study.models[0]) for study in tested]
+    titles = []
+    for name, training in zip(names, trainings, strict=True):
+        twins = [other for twin, other in zip(names, trainings, strict=True) if twin == name]
+        words = [name]
+        for setting, value in training.items():
+            if any(twin[setting] != value for twin in twins):
+                shown_value = f"{value:.3g}" if isinstance(value, float) else str(value)[:16]
+                words.append(f"{setting} {shown_value}")
+        titles.append(", ".join(words))
+    return titles
 
 
 def markdown_of(studied: list[StudyTables]) -> str:
@@ -181,11 +213,12 @@ def markdown_of(studied: list[StudyTables]) -> str:
 
 
 def answer(found: list[tuple[Study, pd.DataFrame]]) -> str:
-    """Of the study with most networks; each with its `claims.means`."""
+    """Of the `main_study`; each with its `claims.means`."""
     if not found:
         raise InputError("--answer needs models trained here, with their training.json")
-    largest, averages = max(found, key=lambda pair: len(pair[0].models))
-    return markdown(shown_answer(averages, largest.architecture))
+    main = main_study(study for study, _ in found)
+    (averages,) = (averages for study, averages in found if study is main)
+    return markdown(shown_answer(averages, main.architecture))
 
 
 def write(
@@ -215,6 +248,4 @@ def write(
 
 
 def csv(frame: pd.DataFrame) -> str:
-    buffer = io.StringIO()
-    frame.to_csv(buffer, index=False, float_format="%.9g", lineterminator="\n")
-    return buffer.getvalue()
+    return frame.to_csv(index=False, float_format="%.9g", lineterminator="\n")

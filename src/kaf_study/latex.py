@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kaf_study.cards import Columns
+from kaf_study.cards import Columns, points
 from kaf_study.files import make_writable, write_atomically
 
-NONE = "–"
 SIGNS = {"&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$", "–": "--", "<": "$<$", "*": "$^*$"}
 SHORT = {  # headers that are too wide for a page
     "stand under this / the reference alone": "alone",
@@ -69,11 +68,6 @@ def tabular(columns: Columns, places: str = "", heads: Sequence[str] = ()) -> st
         r"\end{tabular}",
     ]  # fmt: skip
     return "\n".join(lines)
-
-
-def points(value: float, sign: str = "+") -> str:
-    """A fraction in percent or points."""
-    return NONE if pd.isna(value) else f"{round(100 * value, 1) + 0.0:{sign}.1f}"
 
 
 def span(values: Iterable[float], sign: str = "") -> str:

@@ -26,7 +26,7 @@ from kaf_study.activations import (
     kind_of,
 )
 from kaf_study.cards import COMBINED, console, markdown, put_table_into
-from kaf_study.claims import ALIKE
+from kaf_study.claims import training_of
 from kaf_study.model_folder import ModelFolder, TrainedModel, trained_models
 from kaf_study.paired import LEVEL
 from kaf_study.records import read_results, write_json
@@ -82,13 +82,14 @@ def curvature_table(models: Sequence[TrainedModel]) -> pd.DataFrame:
         None if by nothing.
 
     Raises:
-        InputError: the networks are not of one study (`claims.ALIKE`), or none is measured.
+        InputError: the networks are not of one study (`claims.training_of`), or none is measured.
     """
     measured = [(model, kappa) for model in models if (kappa := model.curvature)]
     if not measured:
         raise InputError("no network there has its curvature measured, or ReLU and k-WTA alone")
-    for name in ALIKE:
-        if len({model.settings[name] for model, _ in measured}) > 1:
+    trainings = [training_of(model) for model, _ in measured]
+    for name in trainings[0]:
+        if len({training[name] for training in trainings}) > 1:
             raise InputError(
                 f"the networks differ in {name}; give those of one study, as in "
                 "models/cifar10_resnet20_*"

@@ -56,6 +56,7 @@ COLUMNS = [
     "restarts",
     "seed",
     "dataset",
+    "fingerprint",
     "outputs",
     "seconds",
     "model_sha256",
@@ -244,8 +245,15 @@ def completed(settings: dict[str, Any]) -> dict[str, Any]:
     return asdict(TrainConfig()) | settings
 
 
+def with_defaults(content: dict[str, Any], schema: type[Struct]) -> dict[str, Any]:
+    """What a schema describes, with its defaults where an entry is missing; UNSET is none."""
+    fields = msgspec.structs.fields(schema)
+    given = {field.name: field.default for field in fields if not field.required}
+    return {name: value for name, value in given.items() if value is not UNSET} | content
+
+
 def read_training(path: Path) -> dict[str, Any]:
-    """A training.json, as `TrainingRecord` has it, with all settings."""
+    """A training.json, as `TrainingRecord` has it, with all settings, and defaults of results."""
     record = read_json(path, TrainingRecord)
     given = record["settings"].keys()
     missing, unknown = NEEDED_SETTINGS - given, given - TrainConfig.__dataclass_fields__.keys()
@@ -255,7 +263,10 @@ def read_training(path: Path) -> dict[str, Any]:
             f"{str(path)!r} cannot be read: its settings lack {lacks}, and name {has} that is not "
             "known here; restore the file, or train anew with --force"
         )
-    return record | {"settings": completed(record["settings"])}
+    return record | {
+        "settings": completed(record["settings"]),
+        "results": with_defaults(record["results"], TrainingResults),
+    }
 
 
 def read_history(path: Path, epochs: int | None = None) -> pd.DataFrame:
@@ -347,7 +358,7 @@ class Evaluation:
     def read(cls, path: Path | str) -> "Evaluation":
         """The result whose .json is at `path`, its figures counted again from its rows."""
         path = Path(path)
-        summary = read_json(path, ResultRecord)
+        summary = with_defaults(read_json(path, ResultRecord), ResultRecord)
         rows = [path.with_suffix(suffix) for suffix in (".csv", ".csv.gz")]
         there = [file for file in rows if file.exists()] or rows[:1]
         if len(there) > 1:
@@ -530,6 +541,7 @@ def read_results(*folders: Path | str) -> pd.DataFrame:
             | {
                 "attack": attack["name"],
                 "dataset": data["name"],
+                "fingerprint": data["fingerprint"],
                 "folder": str(path.parent.parent if in_model_folder else path.parent),
                 "path": str(path),
             }

@@ -17,9 +17,9 @@ import pandas as pd
 
 from kaf_study import CommandParser, InputError, run_command, tables
 from kaf_study.activations import ACTIVATION_LABELS, STUDIED
-from kaf_study.cards import COMBINED, shown
-from kaf_study.claims import ALIKE, Study, studies
-from kaf_study.latex import NONE, Report, listed, networks_stand, points, span, tabular
+from kaf_study.cards import COMBINED, NONE, points, shown
+from kaf_study.claims import Study, main_study, studies, training_of
+from kaf_study.latex import Report, listed, networks_stand, span, tabular
 from kaf_study.model_folder import model_labels, trained_models
 from kaf_study.records import read_json, read_results
 from kaf_study.report_original import in_half_precision, original
@@ -66,31 +66,19 @@ def published(report: Report) -> None:
 # --------------------------------------------------------------------------- trained here
 
 
-def main_studies(attacked: Iterable[tuple[str, Study]]) -> list[tuple[str, Study]]:
-    """Two of some (kind of attack, study), which may be one: of most networks, and of most seeds.
-
-    Of as many networks, the one of the most images.
-    """
-    found = [(kind, study) for kind, study in attacked if study.architecture == ARCHITECTURE]
+def main_studies(attacked: Iterable[Study]) -> tuple[Study, Study]:
+    """The largest study, and that by which the claims are tested; they may be one."""
+    found = [study for study in attacked if study.architecture == ARCHITECTURE]
     if not found:
         raise InputError(f"no {ARCHITECTURE} has results; make them with robustness_eval.py")
-    widest = max(found, key=lambda pair: (activations_of(pair[1]), len(pair[1].models), pair[1].n))
-    deepest = max([widest, *found], key=lambda pair: len(pair[1].models) - activations_of(pair[1]))
-    return [widest, deepest]
-
-
-def activations_of(study: Study) -> int:
-    return len(study.seeds)
+    largest = max(found, key=lambda study: study.size)
+    return largest, main_study([largest, *found])
 
 
 def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame) -> Study:
     """The networks attacked: their figures, and the tests and verdicts of the main study."""
-    attacked = [
-        (kind, study)
-        for kind in ("pgd_true", "rapid", "autoattack")
-        for study in studies(results, kind)
-    ]
-    (kind, study), (seeds_kind, seeds_study) = main_studies(attacked)
+    attacked = [study for kind in tables.TRUE_LABELS for study in studies(results, kind)]
+    study, seeds_study = main_studies(attacked)
     table = model_table(results)
     table = table[table["architecture"] == ARCHITECTURE]
     chosen, n = table.attrs["chosen"], table.attrs["n"]
@@ -103,11 +91,11 @@ def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame)
     report.tables["networks"] = tabular(cells)
     pgd = chosen["pgd_true"]
     report.numbers |= settings(study) | {
-        "StudyAttack": COMBINED.get(kind, pgd_name(pgd)),
+        "StudyAttack": COMBINED.get(study.kind, pgd_name(pgd)),
         "StudyImages": f"{study.n:,}",
         "SeedsOf": f"{in_words(seeds_study.seeds.values())} of "
         f"{listed([ACTIVATION_LABELS[name] for name in seeds_study.seeds])}",
-        "SeedsAttack": COMBINED.get(seeds_kind, pgd_name(pgd)),
+        "SeedsAttack": COMBINED.get(seeds_study.kind, pgd_name(pgd)),
         "SeedsImages": f"{seeds_study.n:,}",
         "CleanSpan": span(table["clean_accuracy"]),
         "CleanImages": f"{n[table.attrs['clean_kind']]:,}",
@@ -136,9 +124,10 @@ def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame)
     label_protocols(report, tables.label_protocols(chosen), labels)
     inside = [str(model.folder) for model in study.models]
     first = table[table["folder"].isin(inside)].drop_duplicates("activation")
-    paired(report, first.assign(model=first["activation"].map(ACTIVATION_LABELS)), kind, "Study")
+    first = first.assign(model=first["activation"].map(ACTIVATION_LABELS))
+    paired(report, first, study.kind, "Study")
     verdicts(report, seeds_study, originals)
-    elsewhere(report, [other for kind, other in attacked if kind == seeds_kind and other.lender])
+    elsewhere(report, [one for one in attacked if one.kind == seeds_study.kind and one.lender])
     return study
 
 
@@ -159,6 +148,10 @@ def strength_of_rapid(report: Report, results: pd.DataFrame) -> None:
 def settings(study: Study) -> dict[str, str]:
     """What the trainings were made with, and the sizes of the networks."""
     s, record = study.models[0].settings, study.models[0].record
+
+    def count(images):
+        return NONE if images is None else f"{images:,}"
+
     sizes = {m.activation: f"{m.record['results']['parameters']:,}" for m in study.models}
     return {
         "ParametersReLU": sizes.get("relu", NONE),
@@ -167,8 +160,8 @@ def settings(study: Study) -> dict[str, str]:
         "TrainData": study.models[0].dataset_label,
         "Epochs": str(s["epochs"]),
         "BatchSize": str(s["batch_size"]),
-        "TrainImages": f"{record['dataset']['train_n']:,}",
-        "ValidationImages": f"{record['results'].get('validation_n', 0):,}",
+        "TrainImages": count(record.get("dataset", {}).get("train_n")),
+        "ValidationImages": count(record["results"].get("validation_n")),
         "TrainEpsilon": f"{255 * s['epsilon']:g}/255",
         "TrainAlpha": f"{255 * s['alpha']:g}/255",
         "RateFirst": f"{first_rate(s):.2g}",
@@ -225,8 +218,7 @@ def reported(root: Path) -> Report:
     original(report, originals, study)
     in_half_precision(report, originals, root / "results" / "original" / "float16.csv")
     trainings(report, models, results)
-    first = study.models[0].settings
-    alike = [m for m in models if all(m.settings.get(k) == first.get(k) for k in ALIKE)]
+    alike = [model for model in models if training_of(model) == training_of(study.models[0])]
     over_seeds(report, alike)
     mechanism(report, alike)
     curvature_by_epoch(report, alike)

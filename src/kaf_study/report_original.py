@@ -9,9 +9,9 @@ import pandas as pd
 
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS, RIDGE_KAF, STUDIED, kind_of
-from kaf_study.cards import shown
+from kaf_study.cards import points, shown
 from kaf_study.claims import WORDS, Study
-from kaf_study.latex import Report, listed, networks_stand, points, span, tabular
+from kaf_study.latex import Report, listed, networks_stand, span, tabular
 from kaf_study.records import Evaluation, percent
 from kaf_study.report_tests import paired
 from kaf_study.seeds import UNDECIDED, difference, verdicts
@@ -96,7 +96,7 @@ def _without_labels(table: pd.DataFrame) -> str:
 # --------------------------------------------------------------------------- seeds
 
 
-def training_of(file: str) -> str:
+def training_named(file: str) -> str:
     """Files that differ in a last `_tmp` or `_last` are states of one training."""
     return file.removesuffix("_tmp").removesuffix("_last")
 
@@ -105,7 +105,7 @@ def _pairs(table: pd.DataFrame) -> Iterator[tuple[str, str, str, bool]]:
     """(activation, folder, folder, whether their names are of one training) of one activation."""
     for name, rows in table.groupby("activation", sort=False):
         for a, b in combinations(rows["folder"], 2):
-            yield name, a, b, training_of(Path(a).name) == training_of(Path(b).name)
+            yield name, a, b, training_named(Path(a).name) == training_named(Path(b).name)
 
 
 def _twins(table: pd.DataFrame, evaluations: dict[str, Evaluation], study: Study) -> str:
@@ -132,7 +132,9 @@ def _twins(table: pd.DataFrame, evaluations: dict[str, Evaluation], study: Study
 
 def of_each_training(table: pd.DataFrame) -> pd.DataFrame:
     """The first of the files of each training, of a `tables.original_table`."""
-    return table[~table["folder"].map(lambda folder: training_of(Path(folder).name)).duplicated()]
+    return table[
+        ~table["folder"].map(lambda folder: training_named(Path(folder).name)).duplicated()
+    ]
 
 
 def _over_seeds(table: pd.DataFrame, evaluations: dict[str, Evaluation], study: Study) -> str:

@@ -11,9 +11,9 @@ import pandas as pd
 
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS, is_trained_kaf
-from kaf_study.cards import shown_claims, shown_means, shown_pairs, told_apart
+from kaf_study.cards import points, shown_claims, shown_means, shown_pairs, told_apart
 from kaf_study.claims import Study, beside_originals, claims_table, means
-from kaf_study.latex import Report, listed, points, span, tabular
+from kaf_study.latex import Report, listed, span, tabular
 from kaf_study.model_folder import common_training
 from kaf_study.paired import LEVEL
 from kaf_study.seeds import UNDECIDED, difference
@@ -68,6 +68,11 @@ def _count(n: int, total: int) -> str:
 
 def verdicts(report: Report, study: Study, originals: pd.DataFrame) -> None:
     """Means and verdicts over seeds, beside differences of `tables.original_table`."""
+    if not study.has_claims:
+        raise InputError(
+            "no claim is of two activations that were attacked alike; there are "
+            f"{listed([ACTIVATION_LABELS[name] for name in study.seeds])}"
+        )
     averages = means(study)
     claims = beside_originals(claims_table(study), originals, study.architecture)
     report.tables["means"] = tabular(shown_means(averages))
@@ -191,6 +196,8 @@ def elsewhere(report: Report, others: Sequence[Study]) -> None:
     """The verdicts of other studies, which have one seed of each activation; sentences on each."""
     said = []
     for study in others:
+        if not study.has_claims:
+            continue
         robust = [
             f"{ACTIVATION_LABELS[name]} {points(x.mean(), '')}"
             for name, x in study.results["robust"].items()

@@ -9,7 +9,8 @@ import pandas as pd
 
 from kaf_study import InputError
 from kaf_study.activations import ACTIVATION_LABELS
-from kaf_study.latex import NONE, Report, listed, points, tabular
+from kaf_study.cards import NONE, points
+from kaf_study.latex import Report, listed, tabular
 from kaf_study.mechanism import by_activation, conclusions, curvature_table, shown
 from kaf_study.model_folder import TrainedModel
 from kaf_study.records import read_json

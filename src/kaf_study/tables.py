@@ -23,7 +23,11 @@ KINDS = {  # column -> which results are meant
     "rapid": {"attack": "rapid", "labels": "true"},
     "autoattack": {"attack": "autoattack", "labels": "true"},
 }
-SETTINGS = ["dataset", "attack", "labels", "epsilon", "alpha", "steps", "restarts", "seed", "n"]
+TRUE_LABELS = tuple(kind for kind, wanted in KINDS.items() if wanted["labels"] == "true")
+SETTINGS = [
+    "dataset", "fingerprint", "attack", "labels", "epsilon", "alpha", "steps", "restarts", "seed",
+    "n",
+]  # fmt: skip
 SAME_FOR_ALL = ("dataset", "epsilon")
 SAME_PGD = ("alpha", "steps", "restarts", "seed")
 
@@ -33,10 +37,10 @@ SAME_PGD = ("alpha", "steps", "restarts", "seed")
 def chosen_results(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """For each of `KINDS` the results of one protocol: {kind: DataFrame, one row per model}.
 
-    Where there are several protocols (other numbers of images, say) the one that most models have
-    is taken, and of those the one of most images: figures of different protocols do not mix. All
-    kinds are of the data set and radius of the first one found, and PGD is the same under both
-    labels.
+    Where there are several protocols (other images, say, or more of them) the one that most models
+    have is taken, and of those the one of most images: figures of different protocols do not mix.
+    All kinds are of the data set and radius of the first one found, those of as many images of the
+    same ones, and PGD is the same under both labels.
     """
     chosen: dict[str, pd.DataFrame] = {}
     for kind, wanted in KINDS.items():
@@ -46,6 +50,9 @@ def chosen_results(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
             same = [*SAME_FOR_ALL, *(SAME_PGD if kind == "pgd_predicted" else ())]
             wanted |= {name: first[name] for name in same}
         rows = results[np.logical_and.reduce([results[k] == v for k, v in wanted.items()])]
+        for other in (found.iloc[0] for found in chosen.values()):
+            is_same = rows["fingerprint"] == other["fingerprint"]
+            rows = rows[is_same | (rows["n"] != other["n"])]
         if rows.empty:
             continue
         groups = rows.groupby(SETTINGS, dropna=False, sort=True)
