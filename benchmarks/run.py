@@ -37,13 +37,15 @@ SECTIONS = ("layer", "backends", "step", "gradient", "attack")
 # --------------------------------------------------------------------------- measuring
 
 
-def alternate(sides, rounds, *, warm_up=2, least=0.002):
+LEAST_SECONDS = 0.002  # whatever is shorter is called several times in a row, and divided
+
+
+def alternate(sides, rounds, *, warm_up=2):
     """Calls the sides in turn and takes the time.
 
     Args:
         sides: {name: function without arguments that returns when its work is done}.
         rounds: how often each is measured.
-        least: seconds; whatever is shorter is called several times in a row, and divided.
 
     Returns:
         {name: {"first": seconds of the first call, "seconds": [one for each round]}}.
@@ -53,7 +55,7 @@ def alternate(sides, rounds, *, warm_up=2, least=0.002):
     for name, side in sides.items():
         for _ in range(warm_up):
             seconds = _seconds(side)
-        calls[name] = max(1, int(least / seconds)) if warm_up else 1
+        calls[name] = max(1, int(LEAST_SECONDS / seconds)) if warm_up else 1
     for _ in range(rounds):
         for name, side in sides.items():
             began = time.perf_counter()
@@ -100,7 +102,7 @@ def print_table(title, times, *, to):
     print(f"  {'':28}{'median ms':>11}{'quartiles':>20}{f'/ {to}':>14}{'first call s':>14}")
     for name, row in statistics(times).items():
         low, high = row["quartiles_ms"]
-        relative = ratio(times, name, to)["median"] if to in times else float("nan")
+        relative = ratio(times, name, to)["median"]
         print(
             f"  {name:28}{row['median_ms']:11.4g}{f'{low:.4g} - {high:.4g}':>20}{relative:14.3g}"
             f"{row['first_call_s']:14.3g}",

@@ -175,20 +175,6 @@ def test_training_mode_leaves_the_moving_averages_alone(small_network, rng):
     assert not np.allclose(training, insights.histograms(small_network, x))
 
 
-def test_the_share_outside_the_dictionary_is_counted_layer_by_layer(rng):
-    names = iter(["first", "second"])
-
-    def kaf():
-        return Kaf(D=3, boundary=2.0, base="relu", name=next(names))
-
-    model = dense_network(np.eye(2), 2 * np.eye(2), kaf)  # of the second layer, the inputs double
-    x = np.array([[0, 2.1], [1.1, -1.1], [2, -2], [-3, 0], [2.2, -1.2]], "float32")
-    shares = insights.outside_dictionary(model, x, batch_size=2)
-    pd.testing.assert_series_equal(
-        shares, pd.Series({"first": 3 / 10, "second": 4 / 10}, name="outside")
-    )
-
-
 def test_a_model_without_activation_layers_is_refused():
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(3, activation="relu")(inputs))

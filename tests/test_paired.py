@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from kaf_study import InputError
-from kaf_study.paired import differences, holm, interval, mcnemar, outcomes
+from kaf_study.paired import differences, holm, mcnemar, outcomes
 
 N = 100
 
@@ -98,17 +98,3 @@ def test_holm_corrects_as_by_hand():
     np.testing.assert_allclose(holm([0.04, 0.01, 0.03]), [0.06, 0.03, 0.06])
     np.testing.assert_allclose(holm([0.9, 0.8]), [1, 1])
     assert len(holm([])) == 0
-
-
-def test_interval_of_a_proportion_is_wilsons():
-    """The ends are where the score test is just not rejected: |p - k/n| = z sqrt(p (1 - p) / n)."""
-    for k, n in ((3, 40), (0, 50), (50, 50), (377, 1000)):
-        low, high = interval(k, n)
-        assert low <= k / n <= high and (low, high) != (k / n, k / n)
-        for p in (low, high):
-            if 0 < p < 1:
-                z = abs(p - k / n) / np.sqrt(p * (1 - p) / n)
-                assert z == pytest.approx(1.959964, abs=1e-5)
-    assert interval(0, 50)[0] == 0 and interval(0, 50)[1] == pytest.approx(0.0713, abs=1e-4)
-    narrow, wide = interval(20, 100, 0.5), interval(20, 100, 0.99)
-    assert wide[0] < narrow[0] < 0.2 < narrow[1] < wide[1]

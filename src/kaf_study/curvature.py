@@ -21,11 +21,10 @@ import tensorflow as tf
 from kaf_study.insights import activation_layers, statistics_kept, with_activations
 
 LIMIT, BINS = 12.0, 1200  # of the histograms of z: bins of 0.02, a thirtieth of a KAF's kernel
+BATCH = 128  # images at a time
 
 
-def curvatures(
-    model: keras.Model, x: np.ndarray, *, training: bool = False, batch_size: int = 128
-) -> pd.DataFrame:
+def curvatures(model: keras.Model, x: np.ndarray, *, training: bool = False) -> pd.DataFrame:
     """kappa of every channel of every activation layer.
 
     Args:
@@ -39,7 +38,7 @@ def curvatures(
         LIMIT.
     """
     layers = activation_layers(model)
-    counts, rows = _histograms(model, x, training, batch_size), []
+    counts, rows = _histograms(model, x, training), []
     edges = np.linspace(-LIMIT, LIMIT, BINS + 1)
     z = (edges[1:] + edges[:-1]) / 2
     for number, (layer, count) in enumerate(zip(layers, counts, strict=True), start=1):
@@ -54,13 +53,13 @@ def curvatures(
     return pd.concat(rows, ignore_index=True)
 
 
-def _histograms(model, x, training, batch_size):
+def _histograms(model, x, training):
     """Counts (BINS, C) of the pre-activations of each activation layer."""
     whole, number = with_activations(model)
     counts = [0] * number
     with statistics_kept(model):
-        for first in range(0, len(x), batch_size):
-            outputs = whole(tf.constant(x[first : first + batch_size]), training=training)
+        for first in range(0, len(x), BATCH):
+            outputs = whole(tf.constant(x[first : first + BATCH]), training=training)
             for i, z in enumerate(outputs[:number]):
                 counts[i] = counts[i] + _histogram(np.asarray(z).reshape(-1, z.shape[-1]))
     return counts

@@ -54,7 +54,7 @@ CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 CIFAR10_CACHE = "cifar-10-batches-py-target"
 
-PAD = 4  # random crop out of an image padded by 4, He et al. 2016
+PAD = 4  # pixels of zeros on each side of an image that is cropped at random, He et al. 2016
 
 
 def load(name: str, data_dir: str | Path | None = None) -> tuple[Split, Split, Split]:
@@ -184,7 +184,7 @@ def batches(
     return dataset.prefetch(2)
 
 
-def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor, pad: int = PAD) -> tf.Tensor:
+def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Random crop out of the zero-padded image, and a horizontal flip of every second one.
 
     The crop and the flip are index arithmetic on whole batches: rows are gathered, then columns,
@@ -193,7 +193,6 @@ def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor, pad: int = PAD) -> 
     Args:
         images: (B, H, W, C).
         seed: two integers; the same seed gives the same crops and flips.
-        pad: pixels of zeros on each side; 2 * pad + 1 offsets per axis.
 
     Returns:
         (B, H, W, C)
@@ -201,14 +200,14 @@ def random_crop_and_flip(images: tf.Tensor, seed: tf.Tensor, pad: int = PAD) -> 
     batch, height, width = tf.unstack(tf.shape(images)[:3])
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
     offset = tf.random.stateless_uniform(
-        (batch, 2), crop_seed, minval=0, maxval=2 * pad + 1, dtype=tf.int32
+        (batch, 2), crop_seed, minval=0, maxval=2 * PAD + 1, dtype=tf.int32
     )
     is_flipped = tf.random.stateless_uniform((batch, 1), flip_seed) < 0.5
     column = tf.range(width)
     rows = offset[:, :1] + tf.range(height)  # (B, H)
     columns = offset[:, 1:] + tf.where(is_flipped, column[::-1], column)  # (B, W)
-    padded = tf.pad(images, [[0, 0], [pad, pad], [pad, pad], [0, 0]])
-    cropped = tf.gather(padded, rows, axis=1, batch_dims=1)  # (B, H, W + 2 pad, C)
+    padded = tf.pad(images, [[0, 0], [PAD, PAD], [PAD, PAD], [0, 0]])
+    cropped = tf.gather(padded, rows, axis=1, batch_dims=1)  # (B, H, W + 2 PAD, C)
     cropped = tf.gather(cropped, columns, axis=2, batch_dims=1)
     return tf.ensure_shape(cropped, images.shape)
 

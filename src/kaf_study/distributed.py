@@ -40,12 +40,12 @@ def strategy_named(name: str | None) -> tf.distribute.Strategy:
     if name != "multiworker":
         raise InputError(f"Unknown strategy {name!r}. Choose one of: {', '.join(STRATEGIES)}.")
     try:
-        cluster = json.loads(os.environ["TF_CONFIG"])
-        workers = cluster["cluster"]["worker"]
-        here = cluster["task"]["type"], cluster["task"]["index"]
-    except (KeyError, TypeError, ValueError):
-        workers, here = [], None
-    if not isinstance(workers, list) or here is None:
+        config = json.loads(os.environ["TF_CONFIG"])
+        has_workers = isinstance(config["cluster"]["worker"], list)
+        has_task = config["task"].keys() >= {"type", "index"}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        has_workers = has_task = False
+    if not (has_workers and has_task):
         raise InputError(
             "--strategy multiworker needs TF_CONFIG in the environment, on each machine: "
             '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}.'

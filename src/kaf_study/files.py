@@ -17,12 +17,12 @@ from kaf_study import InputError
 MAX_RECORD_BYTES = 64 * 1024**2  # far above 10,000 rows, far below what fills a memory
 
 
-def read_bytes(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
+def read_bytes(path: Path) -> bytes:
     """What a file holds; refused is what is no regular file (a device has no end), or too large."""
-    check_file(path, limit)
+    check_file(path, MAX_RECORD_BYTES)
     try:
         with open(path, "rb") as file:
-            return file.read(limit)
+            return file.read(MAX_RECORD_BYTES)
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be read ({error.strerror})") from None
 

@@ -240,27 +240,6 @@ def histograms(
     return counts / sizes
 
 
-def outside_dictionary(model: keras.Model, x: np.ndarray, *, batch_size: int = 50) -> pd.Series:
-    """Share of each Kaf's pre-activations that lie outside its dictionary, in inference mode.
-
-    There a Kaf with the Gaussian kernel falls to 0, or to its base.
-
-    Args:
-        x: images (N, H, W, C).
-
-    Returns:
-        Series of shares in [0, 1], indexed by the names of the Kaf layers, first to last.
-    """
-    values, layers = _values(model), activation_layers(model)
-    shares = {layer.name: 0.0 for layer in layers if isinstance(layer, Kaf)}
-    for first in range(0, len(x), batch_size):
-        batch = x[first : first + batch_size]
-        for layer, z in zip(layers, values(tf.constant(batch))[0], strict=True):
-            if isinstance(layer, Kaf):
-                shares[layer.name] += layer.share_outside(z) * len(batch) / len(x)
-    return pd.Series(shares, name="outside", dtype="float64")
-
-
 # --------------------------------------------------------------------------- gradients: prediction
 
 
@@ -300,16 +279,15 @@ def moments(
     return Moments(weights @ derivative**2, weights @ (g - mean) ** 2)
 
 
-def random_start_moments(
-    D: int = 20, boundary: float = 3.0, alpha_std: float = 0.05, *, std: float = 1.0
-) -> Moments:
+def random_start_moments(D: int = 20, alpha_std: float = 0.05) -> Moments:
     """What `moments` expects of a Kaf whose alpha are independent N(0, alpha_std^2).
 
     E over alpha: alpha_std^2 times the sum over the kernels kappa_i of the same moments.
     """
+    boundary = 3.0  # as of a Kaf
     d = equally_spaced_dictionary(D, boundary).astype("float32")
     gamma = rule_of_thumb_bandwidth(D, boundary)
-    kernels = moments(lambda x: ops.exp(-gamma * ops.square(x - d)), D, std=std)
+    kernels = moments(lambda x: ops.exp(-gamma * ops.square(x - d)), D)
     total = [alpha_std**2 * m.sum() for m in (kernels.squared_derivative, kernels.variance)]
     return Moments(*(np.array([value]) for value in total))
 

@@ -114,12 +114,3 @@ def holm(p: ArrayLike, true_at_most: int | None = None) -> NDArray[np.float64]:
     factors = np.minimum(len(p) - np.arange(len(p)), true_at_most or len(p))
     corrected = np.maximum.accumulate(p[order] * factors)
     return np.minimum(corrected, 1.0)[np.argsort(order)]
-
-
-def interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of a proportion of which k of n were seen (Wilson 1927, JASA 22): fractions.
-
-    Unlike k/n plus or minus its standard error it does not shrink to a point at 0 and n.
-    """
-    found = binomtest(k, n).proportion_ci(confidence, method="wilson")
-    return float(found.low), float(found.high)
