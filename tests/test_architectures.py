@@ -95,13 +95,16 @@ def test_a_saved_model_needs_keras_alone(tmp_path):
     assert all(type(layer).__module__.startswith("keras.") for layer in [loaded, *loaded.layers])
 
 
-@pytest.mark.parametrize("depth", [0, 2, 18, 21, "20", 20.0])
-def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
-    with pytest.raises(InputError, match=r"6n \+ 2"):
+@pytest.mark.parametrize("depth", [0, 2, 18, 21, 1208, "20", 20.0])
+def test_a_depth_that_is_not_6n_plus_2_or_too_large_is_refused(depth):
+    with pytest.raises(InputError, match=r"6n \+ 2, from 8 to 1202; received depth="):
         resnet("relu", depth=depth)
+    if isinstance(depth, int):
+        with pytest.raises(InputError, match=r"6n \+ 2, from 8 to 1202; received depth="):
+            build(f"resnet{depth}", "relu")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet2", "resnet", "wrn", None])
+@pytest.mark.parametrize("name", ["resnet", "resnet-8", "wrn", None])
 def test_an_unknown_architecture_lists_the_known_ones(name):
     with pytest.raises(InputError, match="light_cnn, vgg, resnet20, resnet56"):
         build(name, "relu")

@@ -18,6 +18,7 @@ from keras import layers
 from activationsf import activation as activation_by_name
 from kaf_study import InputError
 
+MOST_DEPTH = 1202  # of a resnet: the deepest of He et al. 2016
 DENSE_L2 = 0.0012  # light_cnn and vgg: on the dense kernels only
 
 Activation = str | Callable[[], keras.layers.Layer]
@@ -112,9 +113,9 @@ def resnet(
 
 def _blocks(depth):
     """How many blocks each stage of a ResNet of this depth has."""
-    if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6 != 0:
+    if not isinstance(depth, int) or not 8 <= depth <= MOST_DEPTH or (depth - 2) % 6 != 0:
         raise InputError(
-            "A CIFAR ResNet has depth 6n + 2 for n = 1, 2, ...; "
+            f"A CIFAR ResNet has depth 6n + 2, from 8 to {MOST_DEPTH}; "
             f"received depth={depth!r}. Use 20, 32, 44, 56 or another such number."
         )
     return (depth - 2) // 6
@@ -127,8 +128,7 @@ def build(name: str, activation: Activation, **kwargs: Any) -> keras.Model:
     """
     if name in ("light_cnn", "vgg"):
         return {"light_cnn": light_cnn, "vgg": vgg}[name](activation, **kwargs)
-    match = re.fullmatch(r"resnet(\d+)", str(name))
-    if match and int(match[1]) >= 8 and (int(match[1]) - 2) % 6 == 0:
+    if match := re.fullmatch(r"resnet(\d+)", str(name)):
         return resnet(activation, depth=int(match[1]), **kwargs)
     raise InputError(
         f"Unknown architecture {name!r}. "
