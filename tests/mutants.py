@@ -1,6 +1,6 @@
 """How many planted faults the tests see: a random sample of mutants of a module, by cosmic-ray.
 
-    python tests/mutants.py                       # all modules, 25 mutants each (hours)
+    python tests/mutants.py                       # the modules in TESTS, 25 mutants each (hours)
     python tests/mutants.py apgd square --count 20 --seed 1
 
 Each mutant changes one place of one module and is run against the own tests of that module, in a
@@ -39,6 +39,16 @@ TESTS = {  # module -> its own tests
     "src/kaf_study/records.py": ["test_records.py"],
     "src/kaf_study/paired.py": ["test_paired.py"],
     "src/kaf_study/seeds.py": ["test_seeds.py"],
+    "src/kaf_study/claims.py": ["test_claims.py"],
+    "src/kaf_study/tables.py": ["test_compare.py", "test_claims.py"],
+    "src/kaf_study/compare.py": ["test_compare.py"],
+    "src/kaf_study/cards.py": ["test_compare.py", "test_claims.py"],
+    "src/kaf_study/train.py": ["test_train.py"],
+    "src/kaf_study/checkpoint.py": ["test_train.py"],
+    "src/kaf_study/files.py": ["test_records.py"],
+    "src/kaf_study/model_folder.py": ["test_records.py", "test_train.py"],
+    "src/kaf_study/datasets.py": ["test_datasets.py"],
+    "src/kaf_study/fused_layers.py": ["test_fused_layers.py"],
 }
 SLOWER = 4  # a mutant whose tests take this many times as long hangs: it is killed
 
@@ -68,7 +78,7 @@ def sample(module, count, seed):
 
 
 def run(copy, module, tests, count, seed):
-    """Test the sample; prints each verdict and returns (killed, mutants)."""
+    """Test the sample; prints each verdict, and how many were killed."""
     command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {' '.join(tests)}"
     began = time.monotonic()
     subprocess.run(command.split(), cwd=copy, check=True, stdout=subprocess.DEVNULL)
@@ -84,16 +94,19 @@ def run(copy, module, tests, count, seed):
         if not result.is_killed:
             print("\n".join(line for line in result.diff.splitlines() if line[:1] in "+-"))
     print(f"{module}: {killed} of {len(mutants)} killed", flush=True)
-    return killed, len(mutants)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("modules", nargs="*", help="parts of their paths (all)")
+    parser.add_argument("modules", nargs="*", help="parts of their paths (all of TESTS)")
     parser.add_argument("--count", type=int, default=25, help="mutants of each module (25)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (0)")
     arguments = parser.parse_args()
     wanted = [m for m in TESTS if not arguments.modules or any(p in m for p in arguments.modules)]
+    needed = {Path(module) for module in wanted}
+    needed |= {Path("tests", name) for module in wanted for name in TESTS[module]}
+    if missing := [str(path) for path in sorted(needed) if not (ROOT / path).is_file()]:
+        parser.error(f"TESTS names what is not there: {', '.join(missing)}; mend it")
     with tempfile.TemporaryDirectory() as copy:
         tracked = ["git", "ls-files", "src", "tests", "models", "pyproject.toml", "*.py", "*.md"]
         for name in subprocess.check_output(tracked, cwd=ROOT, text=True).splitlines():
@@ -104,7 +117,7 @@ def main():
         os.chdir(copy)  # mutants are written into this copy, whose src/ comes before the installed
         os.environ["PYTHONPATH"] = str(Path(copy, "src"))
         for module in wanted:
-            tests = [f"tests/{name}" for name in TESTS[module] if Path("tests", name).exists()]
+            tests = [f"tests/{name}" for name in TESTS[module]]
             run(copy, module, tests, arguments.count, arguments.seed)
 
 
