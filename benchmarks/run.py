@@ -26,7 +26,8 @@ import numpy as np
 
 from kaf_study import CommandParser, InputError, run_command
 from kaf_study.cards import put_table_into
-from kaf_study.records import hardware, make_writable, versions, write_atomically
+from kaf_study.files import make_writable
+from kaf_study.records import hardware, versions, write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
@@ -890,7 +891,7 @@ def run(arguments):
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - began),
         }
-        write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+        write_json(out, results)
     if arguments.section == "all":
         print(f"\n{end_point_table(results)}")
     print(f"\n{out}")

@@ -7,7 +7,7 @@
     curvature.json   how curved its activations are (`kaf_study.mechanism`)
     unfinished/      settings and checkpoint of a training that is not finished
 
-saved_models.py opens the network; nothing here needs TensorFlow.
+`kaf_study.saved_models` opens the network; nothing here needs TensorFlow.
 """
 
 import re
