@@ -228,12 +228,7 @@ class LRFinder:
         Returns:
             LRFinderResult with lrs, losses, diverged, suggestion and plot().
         """
-        self._check(min_lr, max_lr, growth)
-        if _comes_in_batches(x) == (y is not None):
-            raise InputError(
-                "LRFinder needs images x with labels y, or batches of (x, y) alone; "
-                f"received x of type {type(x).__name__} and y of type {type(y).__name__}."
-            )
+        self._check(x, y, min_lr, max_lr, growth)
         if y is not None:
             x, y = _as_arrays(x), _as_arrays(y)
         steps = _count_steps(x, y, epochs, steps, batch_size)
@@ -259,7 +254,7 @@ class LRFinder:
         losses = np.array(recorder.losses)
         return LRFinderResult(lrs[: len(losses)], losses, recorder.diverged, growth)
 
-    def _check(self, min_lr, max_lr, growth):
+    def _check(self, x, y, min_lr, max_lr, growth):
         if not self.model.compiled or getattr(self.model, "optimizer", None) is None:
             raise InputError(
                 "LRFinder needs a compiled model, with the optimizer and loss it will be trained "
@@ -284,6 +279,11 @@ class LRFinder:
             )
         if growth not in ("exponential", "linear"):
             raise InputError(f"growth must be 'exponential' or 'linear'; received {growth!r}.")
+        if _comes_in_batches(x) == (y is not None):
+            raise InputError(
+                "LRFinder needs images x with labels y, or batches of (x, y) alone; "
+                f"received x of type {type(x).__name__} and y of type {type(y).__name__}."
+            )
 
 
 def _has_schedule(optimizer):
