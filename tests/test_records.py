@@ -13,7 +13,7 @@ import pytest
 from fabricated import result, training_record, write_training
 from scipy.stats import binomtest
 
-from kaf_study import InputError, cards, compare, records, tables
+from kaf_study import InputError, cards, compare, files, records, tables
 from kaf_study.attacks.registry import AttackSettings
 from kaf_study.files import locked, read_bytes, write_atomically
 from kaf_study.model_folder import ModelFolder, trained_models
@@ -450,13 +450,14 @@ def test_whatever_a_history_holds_is_refused_in_one_line(tmp_path):
         assert not one_line_or_read(lambda: model.history)  # noqa: B023
 
 
-def test_what_is_no_regular_file_or_too_large_is_not_read(tmp_path):
+def test_what_is_no_regular_file_or_too_large_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "large").write_bytes(bytes(11))
     assert "no regular file" in refused(read_bytes, tmp_path / "zero")
     assert "no regular file" in refused(read_bytes, tmp_path)
     assert "does not exist" in refused(read_bytes, tmp_path / "none")
-    assert "at most 10" in refused(read_bytes, tmp_path / "large", 10)
+    monkeypatch.setattr(files, "MAX_RECORD_BYTES", 10)
+    assert "at most 10" in refused(read_bytes, tmp_path / "large")
 
 
 # --- writing whole, locks
