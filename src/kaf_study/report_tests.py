@@ -146,7 +146,8 @@ def short_answer(claims: pd.DataFrame) -> str:
 
 def of_every_pair_once(study: Study, claims: pd.DataFrame) -> str:
     """What becomes of a `claims_table` whose pairs are counted once and corrected all together."""
-    rows, said = {}, {}  # {(measure, the two): its last row, its verdicts}
+    rows: dict[Any, Any] = {}  # {(measure, the two activations): its last row}
+    said: dict[Any, set[str]] = {}  # its verdicts
     for row in claims.itertuples():
         key = row.measure, frozenset((row.first, row.second))
         rows[key] = row
