@@ -405,6 +405,10 @@ def test_what_the_attacks_were_held_against_is_told_as_it_is_kept():
     assert f"{first}: {', '.join(figures)}; on the suite's {len(suite)} of these" in told
     also = f"`autoattack` gives its verdict on every one, as it does on those of {listed(others)}."
     assert also in told
+    stronger = [*suites, *ROOT.glob("models/*/robustness/autoattack-true*.json")]
+    felled_by = pd.concat([Evaluation.read(path).images["felled_by"] for path in stronger])
+    assert set(felled_by.dropna()) == {"apgd-ce", "apgd-t"}
+    assert "In all these runs only `apgd-ce` and `apgd-t` felled images, so" in told
     network = "cifar10_light_cnn_kwta_seed0"
     assert not is_robust(network, "autoattack-true").any()
     assert not is_robust(network, "rapid-true-n10000").any()

@@ -321,7 +321,8 @@ def claim_notes(study: Study, averages: pd.DataFrame, claims: pd.DataFrame) -> l
         f"(standard deviation: clean {100 * sd['clean']:.2f}, robust {100 * sd['robust']:.2f} "
         "points).",
         "Verdicts hold at 5 % for all pairs of a claim together (Shaffer's form of Holm's "
-        f"correction), differences and, by two one-sided tests, equality within {100 * MARGIN:g} point.",
+        "correction), differences and, by two one-sided tests, equality within "
+        f"{100 * MARGIN:g} point.",
     ]
     if claims["published"].notna().any():
         lines.append(
