@@ -36,7 +36,7 @@ from kaf_study.seeds import (
     difference,
     estimate,
     spread,
-    verdicts,
+    verdicts_of,
 )
 from kaf_study.tables import chosen_results, read_outcomes
 
@@ -289,11 +289,7 @@ def _verdicts(claim: Claim, study: Study, noise: Spread) -> pd.DataFrame:
     results, seeds = study.results[claim.measure], study.seeds
     pairs = [pair for pair in claim.pairs if seeds.keys() >= set(pair)]
     found = [difference(results, *pair, noise) for pair in pairs]
-    said, p_different, p_equal = verdicts(
-        [float(one.value) for one in found],
-        [float(one.p_different) for one in found],
-        [float(one.p_equal()) for one in found],
-    )
+    said, p_different, p_equal = verdicts_of(found)
     rows = []
     for (first, second), one, verdict in zip(pairs, found, said, strict=True):
         low, high = one.interval()

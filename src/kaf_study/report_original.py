@@ -14,7 +14,7 @@ from kaf_study.claims import WORDS, Study
 from kaf_study.latex import Report, listed, networks_stand, span, tabular
 from kaf_study.records import Evaluation, percent
 from kaf_study.report_tests import paired
-from kaf_study.seeds import UNDECIDED, difference, verdicts
+from kaf_study.seeds import UNDECIDED, difference, verdicts_of
 from kaf_study.tables import below_pgd, pgd_name
 
 
@@ -148,11 +148,7 @@ def _over_seeds(table: pd.DataFrame, evaluations: dict[str, Evaluation], study: 
     for reference in ("relu", "swish"):
         others = [name for name in STUDIED if name in results and name != reference]
         found = [difference(results, name, reference, noise) for name in others]
-        words, *_ = verdicts(
-            [float(one.value) for one in found],
-            [float(one.p_different) for one in found],
-            [float(one.p_equal()) for one in found],
-        )
+        words, *_ = verdicts_of(found)
         for word in dict.fromkeys(words):
             names = [ACTIVATION_LABELS[a] for a, w in zip(others, words, strict=True) if w == word]
             verdict = "undecided against" if word == UNDECIDED else WORDS["robust", word]

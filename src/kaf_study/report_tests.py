@@ -16,8 +16,7 @@ from kaf_study.claims import Study, beside_originals, claims_table, means
 from kaf_study.latex import Report, listed, span, tabular
 from kaf_study.model_folder import common_training
 from kaf_study.paired import LEVEL
-from kaf_study.seeds import UNDECIDED, difference
-from kaf_study.seeds import verdicts as corrected
+from kaf_study.seeds import UNDECIDED, difference, verdicts_of
 from kaf_study.tables import paired_tests
 
 WORDS, CLEAN_WORDS = ("more robust", "less robust"), ("more accurate", "less accurate")
@@ -156,11 +155,7 @@ def of_every_pair_once(study: Study, claims: pd.DataFrame) -> str:
         difference(study.results[row.measure], row.first, row.second, study.noise[row.measure])
         for row in rows.values()
     ]
-    together, *_ = corrected(
-        [float(one.value) for one in found],
-        [float(one.p_different) for one in found],
-        [float(one.p_equal()) for one in found],
-    )
+    together, *_ = verdicts_of(found)
 
     def names(some):
         return listed(

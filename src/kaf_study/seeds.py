@@ -23,7 +23,7 @@ Equal within a margin is what two one-sided tests say (Schuirmann 1987, Journal 
 and Biopharmaceutics 15). Verdicts hold at 5 % for a whole family of comparisons.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,6 +139,17 @@ def estimate(results: Outcomes, weights: Mapping[str, float], noise: Spread) -> 
 def difference(results: Outcomes, first: str, second: str, noise: Spread) -> Estimate:
     """Of the accuracies of two activations, first less second."""
     return estimate(results, {first: 1.0, second: -1.0}, noise)
+
+
+def verdicts_of(
+    found: Sequence[Estimate],
+) -> tuple[NDArray[np.str_], NDArray[np.float64], NDArray[np.float64]]:
+    """`verdicts` of a family of single contrasts."""
+    return verdicts(
+        [float(one.value) for one in found],
+        [float(one.p_different) for one in found],
+        [float(one.p_equal()) for one in found],
+    )
 
 
 def verdicts(
