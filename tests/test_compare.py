@@ -278,8 +278,10 @@ def test_what_predicted_labels_add_is_taken_apart(models):
 def test_how_far_below_pgd_is_of_the_images_that_both_attacked(models):
     add_result(models / "net_relu", range(20), attack="suite", n=50, correct=50)
     chosen = model_table(read_results(models)).attrs["chosen"]
-    assert below_pgd(chosen, "suite") == [pytest.approx(0.8 - 0.4)]  # 40 and 20 of the first 50
-    assert below_pgd(chosen, "rapid") == []
+    assert list(below_pgd(chosen, "suite").values()) == [
+        pytest.approx(0.8 - 0.4)
+    ]  # 40 and 20 of the first 50
+    assert below_pgd(chosen, "rapid") == {}
 
 
 def test_rapid_is_counted_beside_stronger_attacks_on_the_images_of_both(models, tmp_path):

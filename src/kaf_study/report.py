@@ -115,7 +115,7 @@ def trained_here(report: Report, results: pd.DataFrame, originals: pd.DataFrame)
     }
     report.numbers["StrongerAttacks"] = " ".join(
         f"Under {COMBINED[kind]}, {networks_stand(count)} at {span(table[kind])} % of {n[kind]:,} "
-        f"images, {span(below)} points below PGD on the images that both attacked."
+        f"images, {span(below.values())} points below PGD on the images that both attacked."
         for kind in COMBINED
         if (count := int(table.get(kind, pd.Series()).notna().sum()))
         and (below := tables.below_pgd(chosen, kind))

@@ -80,10 +80,8 @@ def _without_labels(table: pd.DataFrame) -> str:
     name = pgd_name(table.attrs["chosen"]["pgd_predicted"])
     labels = found["pgd_predicted"] - found["pgd_true"]
     fall = found["published_robustness"] - found["rapid"]
-    chosen = {kind: rows.loc[rows.index.intersection(found["folder"])]
-              for kind, rows in table.attrs["chosen"].items()}  # fmt: skip
-    stronger = pd.Series(below_pgd(chosen, "rapid"), chosen["rapid"].index).loc[found["folder"]]
-    rest = fall.to_numpy() - labels.to_numpy() - stronger.to_numpy()
+    stronger = found["folder"].map(below_pgd(table.attrs["chosen"], "rapid"))
+    rest = fall - labels - stronger
     return (
         f"Attacked as published, by {name} without labels on {table.attrs['n']['pgd_predicted']:,} "
         f"images, {networks_stand(len(found))} at {span(found['pgd_predicted'])} %, where "

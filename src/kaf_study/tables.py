@@ -255,14 +255,14 @@ def _with_results(table: pd.DataFrame, kind: str) -> pd.DataFrame:
 # --------------------------------------------------------------------------- attacks and protocols
 
 
-def below_pgd(chosen: Mapping[str, pd.DataFrame], kind: str) -> list[float]:
-    """How far each model's figure under an attack lies below PGD's, on the images of both.
+def below_pgd(chosen: Mapping[str, pd.DataFrame], kind: str) -> dict[str, float]:
+    """{folder: how far a model's figure under an attack lies below PGD's, on the images of both}.
 
     Args:
         chosen: of `chosen_results`. kind: of `KINDS`, with true labels.
     """
     pgd, other = (chosen.get(name, pd.DataFrame()) for name in ("pgd_true", kind))
-    return [float(a.mean() - b.mean()) for _, a, b in _stand_under_both(pgd, other)]
+    return {folder: float(a.mean() - b.mean()) for folder, a, b in _stand_under_both(pgd, other)}
 
 
 def _stand_under_both(
